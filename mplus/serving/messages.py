@@ -7,6 +7,7 @@ or by a ``ServingError``.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, Protocol, TypeAlias
 
@@ -156,9 +157,23 @@ class SearchMemory:
     k: int = 4
 
 
+@define(frozen=True)
+class EndRow:
+    """End one row of an answer, whose text has come to a stop string; the others go on.
+
+    Attributes:
+        answer: id of the ``Generate``; nothing is done where it is over.
+        row: number of the row.
+    """
+
+    answer: str
+    row: int
+
+
 Command: TypeAlias = (
     MakeMemory | ListMemories | DescribeMemory | DeleteMemory | ForkMemory | ExportMemory | ImportMemory
     | ReleaseMemory | DescribeUsage | WriteMemory | FlushMemory | ListSources | ForgetSource | ReadSource | SearchMemory
+    | EndRow
 )  # fmt: skip
 
 
@@ -198,6 +213,7 @@ class Generate:
         sampling: of every row; row ``i`` draws with ``seed + i``.
         min_score: bring back only what scores higher; 0: whatever there is; None: as the memory is configured.
         question: token ids to retrieve with in the place of the prompt's; None: as the mechanism finds them in it.
+        id: by which ``EndRow`` names it.
     """
 
     tenant: str
@@ -207,6 +223,7 @@ class Generate:
     sampling: Sampling = field(factory=Sampling)
     min_score: float | None = None
     question: Sequence[int] | None = None
+    id: str = field(factory=lambda: uuid.uuid4().hex, eq=False)
 
 
 @define(frozen=True)

@@ -10,7 +10,7 @@ import random
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,6 +20,7 @@ from attrs import define
 
 from mplus.config import JsonValue
 from mplus.errors import CheckpointError
+from mplus.stores.disk.files import FileSystem
 from mplus.training.parallel import barrier, gather_objects, rank, world_size
 from mplus.training.recipe.files import differences
 from mplus.training.state import Manifest, Own, Position, RandomState, Shared
@@ -130,9 +131,9 @@ class CheckpointStore:
                 if done.exists():
                     shutil.rmtree(done)
                 # All files are on disk before the folder has a name that counts, and the name is before others go.
-                sync(temporary)
+                FileSystem().sync_folder(temporary)
                 temporary.rename(done)
-                sync(self.folder)
+                FileSystem().sync_folder(self.folder)
                 for old in self.all()[: -self.keep]:
                     shutil.rmtree(old)
         return done
@@ -218,16 +219,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Make renames in ``folder`` last, where folders can be opened."""
-    with suppress(PermissionError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read(path: Path) -> Any:

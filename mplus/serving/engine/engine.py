@@ -28,7 +28,7 @@ from mplus.serving.engine.memories.writer import Writer
 from mplus.serving.engine.metrics import Metrics
 from mplus.serving.engine.refusals import refusal
 from mplus.serving.errors import ServingError
-from mplus.serving.messages import Command, Event, Generate, MemoryName
+from mplus.serving.messages import Command, EndRow, Event, Generate, MemoryName
 
 THREADS = 8
 """For opening, closing, tokenising and the disk."""
@@ -140,7 +140,9 @@ class Engine:
         self._batch = Batch(decoder.model, config.max_batch, decoder.ends, pace, self.metrics)
         writer = Writer(pace, self.metrics, lambda: bool(self._batch.running))
         empty = decoder.model.new_memory(tokenizer=decoder.tokenizer)
-        self._commands = Commands(tenants, self._pool, Lanes(), writer, executor, empty)
+        # Nothing changes the weights of a decoder that is served, so they are looked at once.
+        weights = empty.engine.weights()
+        self._commands = Commands(tenants, self._pool, Lanes(), writer, executor, empty, weights)
         self._tenants, self._pace = tenants, pace
         work = [asyncio.create_task(self._turns()), asyncio.create_task(writer.work())]
         self._started.set()
@@ -198,6 +200,9 @@ class Engine:
             if isinstance(request, Generate):
                 await self._generate(number, request, arrived)
                 self._tell(Delivery(number, over=True))
+            elif isinstance(request, EndRow):
+                self._batch.end_row(request.answer, request.row)
+                self._tell(Delivery(number, over=True))
             else:
                 answer = await self._commands.answer(request)
                 self._tell(Delivery(number, answer=answer, over=True))
@@ -212,14 +217,15 @@ class Engine:
         self._check(request)
         tenant, name, limit, queue = request.tenant, request.memory, self._limit(request), self._queue
         begin, done = queue.arrive(tenant), self._loop.create_future()
-        answer = Answer(request, limit, partial(self._happened, number), begin, done, arrived)
+        release = partial(queue.leave, tenant)
+        answer = Answer(request, limit, partial(self._happened, number), begin, release, done, arrived)
         async with AsyncExitStack() as held:
             held.callback(begin)
             lane = None if name is None else self._commands.lanes.begin_read(name)
             if lane is not None:
                 await lane[0].until(lane[1])
             await queue.admit(tenant, request.answers, len(request.prompt) + request.answers * min(limit, COUNTED))
-            held.callback(queue.leave, tenant, request.answers)
+            held.callback(lambda: queue.leave(tenant, answer.left))
             if name is not None:
                 memory = await held.enter_async_context(self._commands.reading(name))
                 answer.memory, answer.version = memory, partial(self._commands.version, name, memory)

@@ -6,15 +6,16 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar, cast
 
 from attrs import define, field
 from starlette.requests import ClientDisconnect, Request
 
+from mplus.serving.errors import ServingError
 from mplus.serving.http.front import Front
 from mplus.serving.http.record import RequestRecord
-from mplus.serving.messages import Began, Event, Generate, NewToken
+from mplus.serving.messages import Began, EndRow, Event, Generate, NewToken
 
 T = TypeVar("T")
 Step = list[tuple[int, Event]]
@@ -61,6 +62,14 @@ class Answers:
         """End the answers with an error, behind what the client has not had yet."""
         self.cancel()
         self._put(error)
+
+    def end_row(self, place: int, row: int) -> None:
+        """Ask the engine to end one row of a prompt's answers, whose text is complete."""
+        self._tasks.append(asyncio.create_task(self._end_row(EndRow(self.requests[place].id, row))))
+
+    async def _end_row(self, command: EndRow) -> None:
+        with suppress(ServingError):  # the engine has ended, which the answer says as well
+            await self.front.call(command)
 
     async def steps(self, seconds: float | None = None) -> AsyncIterator[Step]:
         """Yield what has come, all at once; an empty list where nothing came for ``seconds``.

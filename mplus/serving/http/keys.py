@@ -17,6 +17,7 @@ from attrs import asdict, define, evolve, field
 from filelock import FileLock
 
 from mplus.errors import ConfigError
+from mplus.stores.disk.files import FileSystem
 
 Right: TypeAlias = Literal["read", "write", "admin"]
 RIGHTS: tuple[Right, ...] = get_args(Right)
@@ -165,6 +166,7 @@ class Keys:
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(self.file)
+        FileSystem().sync_folder(self.file.parent)  # so that a key which was revoked stays so
 
 
 def _parse(file: Path) -> dict[str, KeyRecord]:

@@ -18,6 +18,7 @@ from mplus.serving.messages import (
     Command,
     DescribeMemory,
     DescribeUsage,
+    EndRow,
     Event,
     Generate,
     ListMemories,
@@ -63,6 +64,9 @@ class RayEngineClient:
 
     async def call(self, command: Command) -> Mapping[str, JsonValue]:
         """Return the answer of the engine that owns the command's memory. Raises ServingError."""
+        if isinstance(command, EndRow):  # the engine that has this answer ends its row
+            await self.handle.broadcast("call", command).results_async(return_exceptions=True)
+            return {}
         if isinstance(command, WriteMemory) and command.write_id is None:
             command = evolve(command, write_id=uuid.uuid4().hex)
         key = placement_key(command)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mplus
+from mplus.errors import LiveMemoryError, MemoryFileError
 from mplus.serving.config import Limits
+from mplus.serving.drafts import new_draft
 from mplus.serving.engine.decoder import ServedDecoder
 from mplus.serving.engine.memories.tenants import Tenants
 from mplus.serving.errors import ServingError
@@ -29,6 +33,7 @@ from mplus.serving.messages import (
     MemoryName,
     WriteMemory,
 )
+from tests.memory.disks.disks import Failing, Watched
 from tests.serving.engine.conftest import ADA, STORY, Serve, ask, run, tell, tokens_of
 
 
@@ -229,31 +234,94 @@ def test_closing_does_not_wait_for_a_novel(serve: Serve) -> None:
     assert 0 < source["chunks"] < 2000
 
 
-def test_what_a_crash_left_of_a_deleted_memory_goes_at_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class Crash(Exception):
+    """The process has ended here."""
+
+
+class Crashing(Watched):
+    """Ends at the ``at``-th call that changes something."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def before(self, call: int, what: str) -> None:
+        if call == self.at:
+            raise Crash
+
+
+def test_a_crash_leaves_a_deleted_memory_whole_or_takes_its_words(decoder: ServedDecoder, tmp_path: Path) -> None:
+    """At every step of the deletion; the next start removes what was deleted, and deleting again ends it."""
+    made = tmp_path / "made"
+    path = Tenants(made, Limits()).path(ADA)
+    Tenants(made, Limits()).make(ADA)
+    with mplus.Memory.open(path, decoder.model, tokenizer=decoder.tokenizer, keep_text=True) as memory:
+        memory.write(STORY, source="said")
+    whole = sorted(file.name for file in path.iterdir())
+    for step in range(1, 100):
+        root = tmp_path / str(step)
+        shutil.copytree(made, root)
+        files = Crashing(step)
+        try:
+            Tenants(root, Limits(), files).remove(ADA)
+        except Crash:
+            pass
+        else:
+            break
+        again = Tenants(root, Limits())
+        if again.path(ADA).exists():
+            assert sorted(file.name for file in again.path(ADA).iterdir()) == whole
+        else:
+            assert sorted(file.name for file in root.rglob("*") if file.is_file()) in (
+                [],
+                [again.path(ADA).name + ".json"],
+            )
+        assert again.find(ADA) is not None or not again.path(ADA).exists()
+        again.remove(ADA)
+        assert again.find(ADA) is None
+        assert not [file for file in root.rglob("*") if file.is_file()]
+    assert step > 5
+
+
+def test_a_deletion_that_fails_leaves_the_memory_or_says_what_is_left(
+    decoder: ServedDecoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tenants = Tenants(tmp_path, Limits())
-    tenants.make(ADA)
-    tenants.path(ADA).mkdir()
-    (tenants.path(ADA) / "rows").write_text("what Ada said")
-
-    def refused(path: Path, *_: object) -> None:
-        raise PermissionError(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", refused)
-        with pytest.raises(PermissionError):
+    files, outcomes = Failing(), set()
+    tenants = Tenants(tmp_path, Limits(), files)
+    for step in range(1, 100):
+        tenants.make(ADA)
+        path = tenants.path(ADA)
+        with mplus.Memory.open(path, decoder.model, tokenizer=decoder.tokenizer), pytest.raises(LiveMemoryError):
             tenants.remove(ADA)
-    assert tenants.find(ADA) is not None  # whole: nothing was deleted, and nothing is said to be
-    assert tenants.path(ADA).is_dir()
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", refused)
-        tenants.remove(ADA)
-    assert tenants.find(ADA) is None
-    assert "still there" in caplog.text
-    assert [file.read_text() for file in tmp_path.rglob("rows")] == ["what Ada said"]
+        caplog.clear()
+        files.fail(step, lasting=False, late=False)
+        try:
+            tenants.remove(ADA)
+        except (MemoryFileError, OSError):
+            outcomes.add("refused")
+            assert (tenants.find(ADA) is None) <= (not path.exists())
+        else:
+            outcomes.add("left" if "still there" in caplog.text else "gone")
+            assert tenants.find(ADA) is None
+        struck, files.at = files.failed, 0
+        if tenants.find(ADA) is not None:
+            tenants.remove(ADA)
+        Tenants(tmp_path, Limits())
+        assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+        if not struck:
+            break
+    assert outcomes == {"refused", "left", "gone"}
+
+
+def test_files_of_requests_that_a_crash_ended_are_removed(tmp_path: Path) -> None:
+    left, present = new_draft(tmp_path), new_draft(tmp_path)
+    os.utime(left, (0, 0))
     Tenants(tmp_path, Limits())
-    assert not list(tmp_path.rglob("rows"))
+    assert not left.exists()
+    assert present.exists()
+    os.utime(present, (0, 0))
+    new_draft(tmp_path)
+    assert not present.exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"id": 1'])

@@ -15,7 +15,18 @@ from mplus.serving.config import Limits, ServeConfig
 from mplus.serving.engine.client import InProcessEngine
 from mplus.serving.engine.decoder import ServedDecoder
 from mplus.serving.errors import ServingError
-from mplus.serving.messages import Began, DescribeMemory, Ended, Generate, ListSources, MakeMemory, MemoryName, Sampling
+from mplus.serving.messages import (
+    Began,
+    DescribeMemory,
+    Ended,
+    EndRow,
+    Generate,
+    ListSources,
+    MakeMemory,
+    MemoryName,
+    NewToken,
+    Sampling,
+)
 from tests.serving.engine.conftest import ADA, STORY, Serve, ask, run, tell, tokens_of
 
 ENDLESS = {"sampling": {"max_tokens": None}, "tokens": 0}
@@ -165,6 +176,30 @@ def test_more_answers_than_places(serve: Serve, decoder: ServedDecoder) -> None:
     found = run(rows())
     assert sorted(event.row for event in found if isinstance(event, Ended)) == [0, 1, 2, 3, 4]
     assert sum(isinstance(event, Began) for event in found) == 1
+
+
+def test_a_row_that_is_ended_makes_room_and_the_others_go_on(serve: Serve, decoder: ServedDecoder) -> None:
+    async def rows() -> tuple[list[Any], Any]:
+        client, found = serve(max_batch=3), []
+        request = ask(decoder, None, "Lily", 60, answers=3)
+        other: asyncio.Task[Any] | None = None
+        async for some in client.generate(request):
+            found += some
+            if other is None and sum(isinstance(event, NewToken) for event in found) >= 6:
+                await client.call(EndRow(request.id, 1))
+                await client.call(EndRow("of nobody", 0))
+                numbers = await client.metrics()
+                assert numbers["requests_running"] == 2
+                other = asyncio.ensure_future(tokens_of(client, ask(decoder, None, "Tom", 5)))
+        assert other is not None
+        return found, await other
+
+    found, other = run(rows())
+    counts = [sum(isinstance(event, NewToken) and event.row == row for event in found) for row in range(3)]
+    assert counts[0] == counts[2] == 60
+    assert 2 <= counts[1] < 30
+    assert sorted(event.row for event in found if isinstance(event, Ended)) == [0, 1, 2]
+    assert len(other) == 5
 
 
 def test_closing_ends_what_runs_with_an_error(serve: Serve, decoder: ServedDecoder) -> None:

@@ -18,6 +18,7 @@ from mplus.serving.messages import (
     DescribeMemory,
     DescribeUsage,
     Ended,
+    EndRow,
     Event,
     ExportMemory,
     FlushMemory,
@@ -61,6 +62,8 @@ class RecordingEngine:
 
     Attributes:
         says: token ids of every answer, again and again.
+        rows_say: others, by number of the row.
+        ended: rows of answers that were ended, as (id, row).
         limits: waiting requests are refused above.
         pause: seconds between tokens.
         free: set: requests are read at once; cleared: they wait.
@@ -72,6 +75,8 @@ class RecordingEngine:
     """
 
     says: list[int] = field(factory=lambda: ids("there was a little girl named Lily."))
+    rows_say: dict[int, list[int]] = field(factory=dict)
+    ended: set[tuple[str, int]] = field(factory=set)
     limits: Limits = field(factory=Limits)
     pause: float = 0.0
     free: bool = True
@@ -132,13 +137,20 @@ class RecordingEngine:
                 raise self.fails
             self.steps += 1
             if place == len(self.says) and not request.sampling.ignore_end:
-                yield [Ended(row, "stop") for row in range(request.answers)]
+                yield [Ended(row, "stop") for row in self._left(request)]
                 return
-            token = self.says[place % len(self.says)]
             best = request.sampling.logprobs
-            scored = None if best is None else TokenLogprobs(-0.5, [(token, -0.5), (0, float("-inf"))][:best])
-            yield [NewToken(row, token, scored) for row in range(request.answers)]
-        yield [Ended(row, "length") for row in range(request.answers)]
+            tokens: list[Event] = []
+            for row in self._left(request):
+                says = self.rows_say.get(row, self.says)
+                token = says[place % len(says)]
+                scored = None if best is None else TokenLogprobs(-0.5, [(token, -0.5), (0, float("-inf"))][:best])
+                tokens.append(NewToken(row, token, scored))
+            yield tokens
+        yield [Ended(row, "length") for row in self._left(request)]
+
+    def _left(self, request: Generate) -> list[int]:
+        return [row for row in range(request.answers) if (request.id, row) not in self.ended]
 
     # ------------------------------------------------------------------ memories
 
@@ -155,6 +167,10 @@ class RecordingEngine:
         if name not in self.memories:
             raise ServingError(f"there is no memory {name.id!r}", 404, "not_found_error", code="memory_not_found")
         return self.memories[name]
+
+    def _EndRow(self, one: EndRow):  # noqa: N802
+        self.ended.add((one.answer, one.row))
+        return {}
 
     def _MakeMemory(self, one: MakeMemory):  # noqa: N802 - named by the command
         if one.memory in self.memories:

@@ -8,11 +8,11 @@ import pytest
 from attrs import evolve
 from starlette.testclient import TestClient
 
+from mplus.serving import drafts
 from mplus.serving.config import Limits
 from mplus.serving.errors import ServingError
 from mplus.serving.http.app import make_app
 from mplus.serving.http.keys import Keys
-from mplus.serving.http.memories import copies
 from mplus.serving.messages import (
     DeleteMemory,
     DescribeUsage,
@@ -109,7 +109,7 @@ def test_idempotency(http, ada):
 
 
 def left_over(config) -> list:
-    folder = config.memories / copies.FOLDER
+    folder = config.memories / drafts.FOLDER
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
@@ -149,7 +149,7 @@ def test_an_import_while_the_disk_is_full(http, config, ada, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "/secret/path")
 
-    monkeypatch.setattr(copies.tempfile, "NamedTemporaryFile", full)
+    monkeypatch.setattr(drafts.tempfile, "NamedTemporaryFile", full)
     for verb, path in (("POST", f"{ada}/import"), ("GET", f"{ada}/export")):
         response = http.request(verb, path, content=b"x" if verb == "POST" else None)
         assert error_of(response, 507)["code"] == "disk_full"

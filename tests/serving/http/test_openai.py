@@ -117,6 +117,21 @@ def test_completions_of_token_ids(http, engine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_row_that_its_stop_string_ended_is_generated_no_further(http, engine, stream):
+    engine.pause = 0.001
+    engine.rows_say = {1: ids("One day Tom saw a big red dog in the park with his mom and dad.")}
+    body = {"prompt": "x", "n": 3, "stop": "big", "max_tokens": 300, "ignore_eos": True, "stream": stream}
+    answer = http.post("/v1/completions", json=body)
+    assert {row for _, row in engine.ended} == {1}
+    used = frames(answer.text)[-2] if stream else answer.json()
+    assert engine.steps == 300
+    if not stream:
+        assert [choice["finish_reason"] for choice in used["choices"]] == ["length", "stop", "length"]
+        assert used["choices"][1]["text"].endswith("saw a ")
+        assert used["usage"]["completion_tokens"] < 2 * 300 + 20
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_an_answer_before_them(http, engine, stream):
     body = {"prompt": "x", "max_tokens": 100, "stop": ["zzz", "tle gi"], "stream": stream, "logprobs": 0}
     response = http.post("/v1/completions", json=body)

@@ -32,6 +32,7 @@ class Answer:
         limit: tokens of each row at most.
         tell: is given what happens.
         begin: called when it no longer waits.
+        release: is given how many rows have ended, and how many go on.
         done: set when all rows have ended, or to what failed.
         arrived: when it came, by ``time.perf_counter``.
         memory: what is read; None: nothing is.
@@ -43,12 +44,28 @@ class Answer:
     limit: int
     tell: Callable[[Sequence[Event]], None]
     begin: Callable[[], None]
+    release: Callable[[int, int], None]
     done: asyncio.Future[None]
     arrived: float
     memory: Memory | None = None
     version: Callable[[int], int] = int
     begun: int = 0
     ended: int = 0
+
+    @property
+    def left(self) -> int:
+        """Return how many rows have not ended yet."""
+        return self.request.answers - self.ended
+
+    def happened(self, events: Sequence[Event]) -> None:
+        """Tell events; rows that have ended make room, and the last one ends it."""
+        ended = sum(isinstance(event, Ended) for event in events)
+        self.ended += ended
+        self.tell(events)
+        if ended:
+            self.release(ended, self.left)
+        if not self.left and not self.done.done():
+            self.done.set_result(None)
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""
@@ -141,6 +158,13 @@ class Batch:
         for prompts in gone:  # one with a long prompt is read by itself
             self.long.remove(prompts)
         self._leave([one for one in self.running.values() if one.answer is answer])
+
+    def end_row(self, answer: str, number: int) -> None:
+        """End one row of the answer with an id, whose text is complete; does nothing where it has ended."""
+        gone = [one for one in self.running.values() if (one.answer.request.id, one.number) == (answer, number)]
+        for one in gone:
+            one.answer.happened([Ended(number, "stop")])
+        self._leave(gone)
 
     @property
     def places(self) -> int:
@@ -253,10 +277,7 @@ class Batch:
                 own.append(one.answer.began(one.row))
             own += self._events_of(one, choice)
         for answer, own in events.values():
-            answer.ended += sum(isinstance(event, Ended) for event in own)
-            answer.tell(own)
-            if answer.ended == answer.request.answers and not answer.done.done():
-                answer.done.set_result(None)
+            answer.happened(own)
         self._leave([one for one in rows if one.last is None])
 
     def _events_of(self, one: Running, choice: Choice | None) -> list[Event]:

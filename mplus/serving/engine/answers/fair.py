@@ -91,9 +91,9 @@ class FairQueue:
                 self._drop_empty(tenant)
             raise
 
-    def leave(self, tenant: str, rows: int) -> None:
-        """End a request that was let in."""
-        self._held[tenant] -= min(rows, self.rows)
+    def leave(self, tenant: str, rows: int, staying: int = 0) -> None:
+        """End so many rows of a request that was let in, while ``staying`` others of it go on."""
+        self._held[tenant] -= min(rows + staying, self.rows) - min(staying, self.rows)
         if not self._held[tenant]:
             del self._held[tenant]
         self._advance()

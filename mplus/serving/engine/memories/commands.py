@@ -15,6 +15,7 @@ from attrs import define
 from mplus.config import JsonValue
 from mplus.errors import MemoryFileError
 from mplus.memory.memory import Memory
+from mplus.memory.weights_state import WeightsState
 from mplus.serving import messages
 from mplus.serving.engine.memories.described import MemorySizes, SourceFacts, WriteCounts, to_iso
 from mplus.serving.engine.memories.lanes import Lanes
@@ -41,6 +42,7 @@ class Commands:
         writer: writes texts.
         executor: threads for the disk, and for what takes long.
         empty: what a memory reads as that was never written.
+        weights: what the decoder computes with.
     """
 
     tenants: Tenants
@@ -49,6 +51,7 @@ class Commands:
     writer: Writer
     executor: Executor
     empty: Memory
+    weights: WeightsState
 
     async def answer(self, command: messages.Command) -> Answer:
         """Return the answer to a command. Raises ServingError, and what mplus raises."""
@@ -241,7 +244,7 @@ class Commands:
     async def _write(self, command: messages.WriteMemory) -> Answer:
         name = command.memory
         async with self.changing(name) as memory:
-            write = await self._run(partial(MemoryWrite.of, memory, command))
+            write = await self._run(partial(MemoryWrite.of, memory, command, self.weights))
             await self._run(partial(self.tenants.check_room, name.tenant, write.bytes))
             await self.writer.write(write)
             return {**write.done(), "memory_version": self.version(name, memory)}

@@ -21,6 +21,9 @@ T = TypeVar("T")
 REPLAYED_BYTES = 2**20
 """A memory with a journal up to this long is closed without a checkpoint: opening reads the journal in no time."""
 
+MOST_RECORDS = 2**24
+"""More than a journal has before a checkpoint takes its place."""
+
 
 @define(eq=False)
 class Place:
@@ -29,7 +32,8 @@ class Place:
     Attributes:
         memory: None until it is open.
         users: reads and changes that are under way; with none it may be closed.
-        bytes: that it takes, as last looked at.
+        bytes: of RAM that it takes, as last looked at.
+        first: the version, as clients see it, that it had when it was opened.
         settled: set when it has been opened or closed, whatever came of it.
         closing: it is being closed, so what wants it waits and opens it again.
     """
@@ -37,6 +41,7 @@ class Place:
     memory: Memory | None = None
     users: int = 0
     bytes: int = 0
+    first: int = 0
     settled: asyncio.Event = field(factory=asyncio.Event)
     closing: bool = False
 
@@ -62,7 +67,6 @@ class Pool:
         self._opened, self._executor, self._metrics = opened, executor, metrics
         self._places: OrderedDict[MemoryName, Place] = OrderedDict()
         self._room = asyncio.Condition()
-        self._versions: dict[MemoryName, int] = {}
         self._tasks: set[asyncio.Future[None]] = set()
 
     async def take(self, name: MemoryName) -> Memory:
@@ -87,8 +91,7 @@ class Pool:
             del self._places[name]
             raise
         else:
-            place.memory, place.bytes = memory, memory.nbytes
-            self._versions.setdefault(name, _changes(memory))
+            place.memory, place.bytes, place.first = memory, memory.ram_bytes, _changes(memory) - memory.version
         finally:
             place.settled.set()
             await self._tell()
@@ -108,13 +111,15 @@ class Pool:
         place = self._places[name]
         place.users -= 1
         if not place.users and place.memory is not None:
-            place.bytes = place.memory.nbytes
+            place.bytes = place.memory.ram_bytes
+            if not place.memory.streams.persistence.is_open:  # it has failed: opened again, it is what is on disk
+                self._begin_to_close(name, place, place.memory)
             while self._is_full(0) and self._close_one():
                 pass
             self._spawn(self._tell())
 
     async def close(self, name: MemoryName) -> None:
-        """Close a memory once nothing uses it, and forget what is known of it; it may be open or not."""
+        """Close a memory once nothing uses it; it may be open or not."""
         while (place := self._places.get(name)) is not None:
             if place.memory is None or place.closing:
                 await place.settled.wait()
@@ -123,7 +128,6 @@ class Pool:
                     await self._room.wait()
             else:
                 self._begin_to_close(name, place, place.memory)
-        self._versions.pop(name, None)
 
     async def close_all(self) -> None:
         """Close all memories, with a checkpoint of each that has a journal."""
@@ -137,10 +141,10 @@ class Pool:
         """Return a number that grows with every change of a memory, also where it is closed and opened in between.
 
         Args:
-            name: of the memory.
+            name: of a memory that is in use.
             version: ``Memory.version``, which begins anew with every opening.
         """
-        return self._versions.get(name, 0) + version
+        return self._places[name].first + version
 
     @property
     def bytes(self) -> int:
@@ -169,7 +173,6 @@ class Pool:
 
     def _begin_to_close(self, name: MemoryName, place: Place, memory: Memory) -> None:
         place.closing, place.settled = True, asyncio.Event()
-        self._versions[name] = self._versions.get(name, 0) + memory.version
         self._spawn(self._close(name, place, memory))
 
     async def _close(self, name: MemoryName, place: Place, memory: Memory) -> None:
@@ -206,8 +209,12 @@ def _closed(memory: Memory) -> None:
 
 
 def _changes(memory: Memory) -> int:
-    """Return a number that grows with the changes of a memory on disk: rows written, and checkpoints made."""
+    """Return a number that every change of a memory raises by at least one, as its files say: records and checkpoints.
+
+    Text that only waits is a record as well. Where it is opened again, a memory has a number at least as high as any
+    that was told of it, and the same one only with the same content.
+    """
     directory = memory.directory
-    return sum(state.clock for state in memory.states) + (
-        0 if directory is None or directory.manifest is None else directory.manifest.number
-    )
+    if directory is None or directory.manifest is None or directory.journal is None:
+        return 0
+    return directory.manifest.number * MOST_RECORDS + directory.journal.records

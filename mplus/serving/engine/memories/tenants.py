@@ -1,8 +1,8 @@
 """Tenants: which memories there are, whose they are, and where they lie: never under a name that a client chose.
 
 ``DIR/sha256(tenant)/sha256(id)`` is the directory of a memory, and ``DIR/sha256(tenant)/sha256(id).json`` says its
-names. The manifest is made first and goes last. A directory that is deleted gets another name in one step; what a
-crash leaves under such names goes when the next server starts.
+names. The manifest is made first and goes last: a crash while a memory is deleted leaves it whole, or empty under its
+name. What is left of directories that were deleted goes when the next server starts.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import json
 import logging
 import os
 import re
-import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,16 +20,21 @@ from pathlib import Path
 
 from attrs import define
 
+from mplus.errors import MemoryFileError
+from mplus.memory.directory.removal import delete_memory, remove_deleted
 from mplus.serving.config import Limits
+from mplus.serving.drafts import new_draft, remove_old_drafts
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import MemoryName
+from mplus.stores.disk.files import FileSystem
 
 LOG = logging.getLogger(__name__)
 
 DEFAULT = "default"
 """The memory of a tenant that needs no making: it reads as empty until it is first written."""
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
-GONE, DRAFTS = ".gone-", ".drafts"
+FOLDER = re.compile(r"[0-9a-f]{64}")
+"""Name of the folder of a tenant, as of the directory of a memory."""
 
 
 @define(frozen=True)
@@ -62,12 +65,14 @@ class Tenants:
         limits: of each tenant.
     """
 
-    def __init__(self, root: Path, limits: Limits) -> None:
-        self.root, self.limits = root, limits
+    def __init__(self, root: Path, limits: Limits, files: FileSystem | None = None) -> None:
+        """Args: ``files`` does what is done to files; None: the system."""
+        self.root, self.limits, self._files = root, limits, files or FileSystem()
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        shutil.rmtree(root / DRAFTS, ignore_errors=True)
-        for grave in root.glob(f"*/{GONE}*"):  # of a crash
-            _remove(grave)
+        remove_old_drafts(root)
+        for folder in root.iterdir():
+            if FOLDER.fullmatch(folder.name):
+                self._remove_deleted(folder)
 
     def path(self, name: MemoryName) -> Path:
         """Return the directory that a memory lives in, or would live in."""
@@ -87,38 +92,55 @@ class Tenants:
         others = self.all(name.tenant)
         if self.limits.memories is not None and len(others) >= self.limits.memories:
             raise quota_exceeded(f"a tenant may have {self.limits.memories} memories, and there are {len(others)}")
-        folder, left = self._folder(name.tenant), self.path(name)
-        folder.mkdir(exist_ok=True, mode=0o700)
-        if left.exists() and not self._manifest(name).exists():
-            _remove(_buried(left))
+        folder = self._folder(name.tenant)
+        self._files.make_folder(folder)
+        if self.path(name).exists() and not self._manifest(name).exists():
+            self._delete(self.path(name))
         now = time.time()
         number = max([time.time_ns(), *(other.number + 1 for other in others)])  # clocks may go back
         content = {"id": name.id, "tenant": name.tenant, "made": now, "number": number}
-        draft = folder / f"{secrets.token_hex(8)}.draft"
-        _write(draft, json.dumps(content))
-        try:
-            os.link(draft, self._manifest(name))
-        except FileExistsError as error:
-            raise already_there(name.id) from error
-        finally:
-            draft.unlink(missing_ok=True)
-        _sync(folder)
+        with self.draft() as draft:
+            self._write(draft, json.dumps(content).encode())
+            try:
+                os.link(draft, self._manifest(name))
+            except FileExistsError as error:
+                raise already_there(name.id) from error
+        self._files.sync_folder(folder)
         return MadeMemory(name.id, now, number)
 
     def remove(self, name: MemoryName) -> None:
-        """Remove a memory that is closed: it is gone at once, and its files are deleted then."""
-        grave = _buried(self.path(name)) if self.path(name).exists() else None
+        """Delete a memory that is closed.
+
+        Raises MemoryFileError, LiveMemoryError: it cannot be deleted, and is there as before.
+        """
+        if self.path(name).exists():
+            self._delete(self.path(name))
         self._manifest(name).unlink(missing_ok=True)
-        _sync(self._folder(name.tenant))
-        if grave is not None:
-            _remove(grave)
+        self._files.sync_folder(self._folder(name.tenant))
+
+    def _delete(self, path: Path) -> None:
+        try:
+            delete_memory(path, files=self._files)
+        except MemoryFileError as error:
+            if path.exists():
+                raise
+            LOG.warning(
+                "files of a deleted memory are still there, and are removed when a server starts", exc_info=error
+            )
+
+    def _remove_deleted(self, folder: Path) -> None:
+        try:
+            left = remove_deleted(folder, files=self._files)
+        except MemoryFileError as error:  # of one tenant; the others are served
+            LOG.warning("what was deleted cannot be looked for in %s", folder.name, exc_info=error)
+        else:
+            if left:
+                LOG.warning("files of %d deleted memories cannot be removed from %s", len(left), folder.name)
 
     @contextmanager
     def draft(self) -> Iterator[Path]:
         """Yield the path of a file for a while, on the disk of the memories."""
-        folder = self.root / DRAFTS
-        folder.mkdir(exist_ok=True, mode=0o700)
-        file = folder / secrets.token_hex(8)
+        file = new_draft(self.root)
         try:
             yield file
         finally:
@@ -148,6 +170,14 @@ class Tenants:
                 f"the memories of a tenant may take {limit:,} bytes of disk, and take {used:,} of them: "
                 f"{more:,} more do not fit"
             )
+
+    def _write(self, file: Path, content: bytes) -> None:
+        handle = self._files.extend(file)
+        try:
+            self._files.write(handle, content)
+            self._files.sync(handle)
+        finally:
+            self._files.close(handle)
 
     def _folder(self, tenant: str) -> Path:
         return self.root / _digest(tenant)
@@ -181,18 +211,6 @@ def quota_exceeded(message: str) -> ServingError:
     return ServingError(message, 413, "invalid_request_error", code="quota_exceeded")
 
 
-def _buried(path: Path) -> Path:
-    """Give a directory the name of one that is deleted, and return that."""
-    return path.rename(path.with_name(f"{GONE}{secrets.token_hex(8)}"))
-
-
-def _remove(grave: Path) -> None:
-    try:
-        shutil.rmtree(grave)
-    except OSError as error:
-        LOG.warning("files of a deleted memory are still there, and are removed when a server starts", exc_info=error)
-
-
 def _digest(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -214,22 +232,6 @@ def _read_or_tell(file: Path) -> MadeMemory | None:
         return _read(file)
     except ServingError:  # logged there; all others are listed
         return None
-
-
-def _write(file: Path, text: str) -> None:
-    with file.open("x", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def _sync(folder: Path) -> None:
-    with suppress(FileNotFoundError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _bytes_in(folder: Path) -> int:

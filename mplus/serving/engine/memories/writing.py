@@ -15,6 +15,7 @@ from mplus.memory.memory import Memory
 from mplus.memory.report import WriteReport
 from mplus.memory.sources.clock import expiry_of
 from mplus.memory.sources.expiry import check_room
+from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.free import check_free, grown_bytes
 from mplus.memory.writing.once import report_of, resumed
 from mplus.memory.writing.passes import write_all
@@ -42,14 +43,17 @@ class MemoryWrite:
     begun: float
 
     @staticmethod
-    def of(memory: Memory, asked: WriteMemory) -> MemoryWrite:
-        """Tokenise a text and cut it into chunks. Raises as ``Memory.write``; nothing is written yet."""
+    def of(memory: Memory, asked: WriteMemory, now: WeightsState) -> MemoryWrite:
+        """Tokenise a text and cut it into chunks. Raises as ``Memory.write``; nothing is written yet.
+
+        ``now``: what the decoder computes with.
+        """
         begun, streams = time.perf_counter(), memory.streams
         report, name = WriteReport.nothing(len(streams)), asked.source
         facts = _facts(memory, asked)
         with streams.write_lock:
             data = asked.data if isinstance(asked.data, str) else [dict(message) for message in asked.data]
-            (write,) = planned(memory, data, name, report, facts)
+            (write,) = planned(memory, data, name, report, facts, now)
             if not write.tokens:
                 raise InputError("there must be text to write, got none")
             if asked.write_id is not None:

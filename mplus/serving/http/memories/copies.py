@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
+from mplus.serving.drafts import new_draft
 from mplus.serving.errors import ServingError
 from mplus.serving.http.front import Front, FrontOf, Reader, Writer
 from mplus.serving.http.memories.names import path_memory
@@ -21,8 +21,6 @@ from mplus.serving.http.memories.routes import ROUTE
 from mplus.serving.messages import DescribeMemory, DescribeUsage, ExportMemory, ImportMemory
 
 router = APIRouter()
-FOLDER = ".streams"
-"""Below the folder of the memories: on the same disk, and no tenant's."""
 BUFFER = 2**20
 
 
@@ -87,10 +85,7 @@ def _check_room(size: int, room: int | None) -> None:
 
 def _new_file(front: Front) -> Path:
     with _disk_errors():
-        folder = front.config.memories / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            return Path(file.name)
+        return new_draft(front.config.memories)
 
 
 @contextmanager

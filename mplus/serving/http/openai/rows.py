@@ -127,8 +127,12 @@ class Reply:
         if isinstance(event, Began):
             self.began[place] = event
             return None
-        row = self.rows[place * self.answers + event.row]
+        row = self.row(place, event.row)
         return row.end(event.reason) if isinstance(event, Ended) else row.add(event)
+
+    def row(self, place: int, number: int) -> Row:
+        """Return an answer to the prompt ``place``."""
+        return self.rows[place * self.answers + number]
 
     @property
     def over(self) -> bool:

@@ -17,7 +17,7 @@ from mplus.serving.http.answers import Answers, Step, unless_gone, until_left
 from mplus.serving.http.errors import internal_error
 from mplus.serving.http.openai.rows import Delta, Reply
 from mplus.serving.http.record import logger
-from mplus.serving.messages import Began
+from mplus.serving.messages import Began, Event, NewToken
 
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """So that no proxy holds a stream back."""
@@ -92,7 +92,7 @@ class Run:
         try:
             async for step in self.answers.steps():
                 for place, event in step:
-                    self.reply.take(place, event)
+                    self._take(place, event)
                 if self.reply.over:
                     break
             return self.shape.whole(self.reply, await self.remember(self.reply))
@@ -120,11 +120,20 @@ class Run:
         if not step:
             yield COMMENT
         for place, event in step:
-            delta = self.reply.take(place, event)
+            delta = self._take(place, event)
             if isinstance(event, Began):
                 yield from self.shape.opening(self.reply, place)
             elif delta is not None:
                 yield from self.shape.piece(self.reply, delta)
+
+    def _take(self, place: int, event: Event) -> Delta | None:
+        """Take an event; a row that came to its stop string is generated no further."""
+        row = None if isinstance(event, Began) else self.reply.row(place, event.row)
+        goes_on = row is not None and row.finish is None
+        delta = self.reply.take(place, event)
+        if row is not None and goes_on and row.stops.stopped and isinstance(event, NewToken) and not self.reply.over:
+            self.answers.end_row(place, event.row)
+        return delta
 
     def finish(self) -> None:
         """Let the engine go, and note what came of the request."""
