@@ -14,6 +14,10 @@ from typing import Literal, Protocol, TypeAlias
 from attrs import define, field
 
 from mplus.config import JsonValue
+from mplus.serving.errors import ServingError
+
+GRACE = 1.0
+"""Seconds for what runs when the engine is closed: by then the front has waited for all that somebody wants."""
 
 
 @define(frozen=True)
@@ -307,6 +311,25 @@ class ModelFacts:
     vocabulary: int
     mechanism: str
     created: int
+
+
+@define(frozen=True)
+class Delivery:
+    """News of a request, from the engine.
+
+    Attributes:
+        number: of the request.
+        events: of a ``Generate``, in order.
+        answer: to a command.
+        error: it has failed.
+        over: nothing more comes.
+    """
+
+    number: int
+    events: tuple[Event, ...] = ()
+    answer: Mapping[str, JsonValue] = field(factory=dict)
+    error: ServingError | None = None
+    over: bool = False
 
 
 class EngineClient(Protocol):

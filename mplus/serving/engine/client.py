@@ -6,13 +6,15 @@ import asyncio
 import itertools
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from mplus.config import JsonValue
 from mplus.serving.config import ServeConfig
-from mplus.serving.engine.decoder import ServedDecoder
-from mplus.serving.engine.engine import Delivery, Engine
 from mplus.serving.errors import ServingError
-from mplus.serving.messages import Command, EngineClient, Event, Generate, ModelFacts
+from mplus.serving.messages import Command, Delivery, EngineClient, Event, Generate, ModelFacts
+
+if TYPE_CHECKING:
+    from mplus.serving.engine.decoder import ServedDecoder
 
 SLOWEST = 4096
 """Deliveries that a reader of a stream may be behind, before its answer is ended."""
@@ -114,6 +116,9 @@ class InProcessEngine(NumberedClient):
 
     def __init__(self, decoder: ServedDecoder, config: ServeConfig) -> None:
         """Start the engine."""
+        # Only here: a front starts its engine in another process before it has loaded torch itself.
+        from mplus.serving.engine.engine import Engine
+
         super().__init__()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.engine = Engine(decoder, config, self._hand_over)

@@ -6,14 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from attrs import define
 
 from mplus.errors import CheckpointError
 from mplus.hf.model.sizes import known_positions
 from mplus.hf.pretrained.chat_model import load_chat_model, with_memory
 from mplus.hf.pretrained.load import from_pretrained, without_bars
-from mplus.serving.config import ServeConfig
 from mplus.serving.messages import ModelFacts
 
 ADDITIONS = ".model"
@@ -74,29 +72,6 @@ class ServedDecoder:
         else:
             model = _wrapped(decoder, memories / ADDITIONS, mechanism)
         return ServedDecoder.of(model, tokenizer, served_name or (Path(name).name if Path(name).exists() else name))
-
-
-@define(frozen=True)
-class DecoderSource:
-    """The decoder that an engine loads; see ``ServedDecoder.load``.
-
-    Attributes:
-        model: name or folder.
-        mechanism: of memories; None: as saved, else "kv".
-        served_name: what clients call it; None: as ``model``.
-        threads: of torch; None: as torch has it.
-    """
-
-    model: str
-    mechanism: str | None = None
-    served_name: str | None = None
-    threads: int | None = None
-
-    def load(self, config: ServeConfig) -> ServedDecoder:
-        """Load it in this process. Raises as ``ServedDecoder.load``."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        return ServedDecoder.load(self.model, config.memories, mechanism=self.mechanism, served_name=self.served_name)
 
 
 def _wrapped(decoder: Any, kept: Path, mechanism: str | None) -> Any:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 import torch
-from attrs import define, field
 
-from mplus.config import JsonValue
 from mplus.memory.memory import Memory
 from mplus.serving.config import ServeConfig
 from mplus.serving.engine.answers.batch import Answer, Batch
@@ -28,33 +26,12 @@ from mplus.serving.engine.memories.writer import Writer
 from mplus.serving.engine.metrics import Metrics
 from mplus.serving.engine.refusals import refusal
 from mplus.serving.errors import ServingError
-from mplus.serving.messages import Command, EndRow, Event, Generate, MemoryName
+from mplus.serving.messages import GRACE, Command, Delivery, EndRow, Event, Generate, MemoryName
 
 THREADS = 8
 """For opening, closing, tokenising and the disk."""
-GRACE = 1.0
-"""Seconds for what runs when the engine is closed: by then the front has waited for all that somebody wants."""
 COUNTED = 256
 """Tokens of an answer that count for the order of requests, where it may be as long as it likes."""
-
-
-@define(frozen=True)
-class Delivery:
-    """News of a request, from the engine.
-
-    Attributes:
-        number: of the request.
-        events: of a ``Generate``, in order.
-        answer: to a command.
-        error: it has failed.
-        over: nothing more comes.
-    """
-
-    number: int
-    events: tuple[Event, ...] = ()
-    answer: Mapping[str, JsonValue] = field(factory=dict)
-    error: ServingError | None = None
-    over: bool = False
 
 
 class Engine:

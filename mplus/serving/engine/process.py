@@ -19,11 +19,10 @@ from attrs import define, field
 from mplus.errors import CheckpointError
 from mplus.serving.config import ServeConfig
 from mplus.serving.engine.client import NumberedClient
-from mplus.serving.engine.decoder import DecoderSource
-from mplus.serving.engine.engine import GRACE, Delivery, Engine
 from mplus.serving.engine.refusals import LOG
+from mplus.serving.engine.source import DecoderSource
 from mplus.serving.errors import ServingError
-from mplus.serving.messages import Command, Generate, ModelFacts
+from mplus.serving.messages import GRACE, Command, Delivery, Generate, ModelFacts
 
 SHORT_LIFE, LONGEST_PAUSE = 10.0, 30.0
 """Seconds: an engine that dies sooner is started again after a pause, which doubles up to the longest."""
@@ -221,6 +220,8 @@ def _serve(channel: Connection, source: DecoderSource, config: ServeConfig) -> N
     for which in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a supervisor: the front ends this one in order
         signal.signal(which, signal.SIG_IGN)
     try:
+        from mplus.serving.engine.engine import Engine  # with torch, which the front's process loads meanwhile
+
         decoder = source.load(config)
     except Exception as error:  # noqa: BLE001 - told to the front, which tries again
         with contextlib.suppress(OSError):

@@ -1,8 +1,7 @@
-"""Bodies: JSON read under a time limit, parsed strictly and validated; every fault is an error 400 that names it."""
+"""Bodies: JSON, parsed strictly and validated; every fault is an error 400 that names it."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -13,8 +12,6 @@ from starlette.requests import Request
 from mplus.serving.errors import ServingError
 from mplus.serving.http.errors import SHOWN, bad_request, validation_error
 
-BODY_SECONDS = 300.0
-"""Time in which a client must have sent its body."""
 MEMORY_ID = r"\A[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}\Z"
 
 M = TypeVar("M", bound="Body")
@@ -68,21 +65,15 @@ async def read_body(request: Request, kind: type[M]) -> M:
     """Return the body of a request.
 
     Raises:
-        ServingError: it is no JSON (400, 415), breaks a rule of its fields (400), is too long (413), or does not come
-            (408).
+        ServingError: it is no JSON (400, 415), breaks a rule of its fields (400), is too long (413), or comes too
+            slowly (408).
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         # Other types would let a page of another site post to a server on this machine.
         message = f"content-type must be application/json, got {media[:SHOWN] or 'none'}"
         raise ServingError(message, 415, "invalid_request_error", code="unsupported_media_type")
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            raw = await request.body()
-    except TimeoutError as error:
-        message = f"the body did not come within {BODY_SECONDS:.0f} s"
-        raise ServingError(message, 408, "invalid_request_error", code="request_timeout") from error
-    return validated(kind, parse(raw))
+    return validated(kind, parse(await request.body()))
 
 
 def parse(raw: bytes) -> dict[str, Any]:

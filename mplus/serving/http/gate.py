@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import MutableMapping
 from ipaddress import ip_address
@@ -25,6 +26,10 @@ FREE = {"/", "/health", "/ready"}
 """Paths that need no key."""
 UNLIMITED = re.compile(r"/v1/memories/[^/]+/import")
 """Paths with a limit of their own: that of the tenant's disk."""
+BODY_SECONDS = 60.0
+"""Time that a client has for its body, besides that of its bytes."""
+SLOWEST = 2**14
+"""Bytes of a body that come in a second at least, on the whole."""
 WHILE_DRAINING = {"/health", "/ready", "/metrics"}
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -101,21 +106,31 @@ class Gate:
         return caller
 
     def _limited(self, path: str, headers: Headers, receive: Receive) -> Receive:
-        """Return ``receive`` up to the limit of a body. Raises ServingError (413): a longer one is announced."""
-        most, size = self.front.config.limits.body_bytes, 0
-        if UNLIMITED.fullmatch(path):
-            return receive
+        """Return ``receive`` up to the limits of a body, in bytes and time. Raises ServingError (413): it says more.
+
+        What is returned raises it where more comes (413), or what there is does not come in time (408).
+        """
+        most, size, whole = self.front.config.limits.body_bytes, 0, False
+        begun, unlimited = time.monotonic(), UNLIMITED.fullmatch(path) is not None
         message = f"the body must have at most {most} bytes"
         error = ServingError(message, 413, "invalid_request_error", code="request_too_large")
         declared = headers.get("content-length", "")
-        if declared.isascii() and declared.isdecimal() and (len(declared) > 18 or int(declared) > most):
+        long = declared.isascii() and declared.isdecimal() and (len(declared) > 18 or int(declared) > most)
+        if long and not unlimited:
             raise error
 
         async def counting() -> Message:
-            nonlocal size
-            event = await receive()
+            nonlocal size, whole
+            left = None if whole else begun + BODY_SECONDS + size / SLOWEST - time.monotonic()
+            try:
+                async with asyncio.timeout(left):
+                    event = await receive()
+            except TimeoutError as late:
+                message = f"the body did not come within {BODY_SECONDS:.0f} s and {SLOWEST} bytes a second"
+                raise ServingError(message, 408, "invalid_request_error", code="request_timeout") from late
             size += len(event.get("body", b""))
-            if size > most:
+            whole = whole or not event.get("more_body", False)
+            if size > most and not unlimited:
                 raise error
             return event
 

@@ -11,7 +11,7 @@ from filelock import FileLock
 from mplus.config import JsonValue
 from mplus.serving.config import ServeConfig
 from mplus.serving.engine.client import InProcessEngine
-from mplus.serving.engine.decoder import DecoderSource
+from mplus.serving.engine.source import DecoderSource
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import Command, Event, Generate, ModelFacts
 from mplus.serving.ray.agreement import agree

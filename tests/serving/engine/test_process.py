@@ -12,8 +12,8 @@ import pytest
 
 from mplus.hf.pretrained.shipped import RECALL_TINY
 from mplus.serving.config import ServeConfig
-from mplus.serving.engine.decoder import DecoderSource
 from mplus.serving.engine.process import ProcessEngine
+from mplus.serving.engine.source import DecoderSource
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import Generate, ListSources, MakeMemory, Sampling
 from tests.serving.engine.conftest import ADA, run, tell

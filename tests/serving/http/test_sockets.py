@@ -7,14 +7,18 @@ import json
 import signal
 import socket
 import threading
-from contextlib import closing, contextmanager
+import time
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 
 from mplus.serving.config import Limits
-from mplus.serving.http import bodies
-from mplus.serving.http.server import listen, make_server
-from tests.serving.http.engine import until
+from mplus.serving.http import gate
+from mplus.serving.http.sockets import connections
+from mplus.serving.http.sockets.listening import listen
+from mplus.serving.http.sockets.server import make_server
+from mplus.serving.messages import MemoryName
+from tests.serving.http.engine import Kept, until
 
 ENDLESS = {"prompt": "x", "ignore_eos": True, "max_tokens": 500, "memory": None}
 
@@ -139,14 +143,91 @@ def test_a_body_that_is_too_long_is_refused_before_all_of_it_was_sent(served, ho
     assert answer.startswith(b"HTTP/1.1 413")
 
 
-def test_clients_that_send_slowly_hold_nobody_up(served, engine, monkeypatch):
-    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
-    with closing(served.connect()) as slow, closing(served.connect()) as slower:
-        slower.sendall(b"POST /v1/comp")
-        slow.sendall(head("/v1/completions", "content-length: 100") + b"{")
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/memories/default/write", "/v1/memories/default/import"])
+def test_bodies_that_come_too_slowly_are_refused(served, engine, monkeypatch, path):
+    """Byte by byte as well as not at all, and nothing is asked of the engine or left on the disk."""
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
+    with closing(served.connect()) as slow:
+        slow.sendall(head(path, "content-length: 100") + b"{")
         assert b"200 OK" in served.get("/health")
-        assert rest(slow).startswith(b"HTTP/1.1 408")
+        with suppress(OSError):
+            for _ in range(100):
+                slow.sendall(b" ")
+                time.sleep(0.02)
+        answer = rest(slow)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b'"code":"request_timeout"' in answer
     assert engine.asked == []
+    assert not any(kept.texts for kept in engine.memories.values())
+    assert not list((served.server.config.app.state.front.config.memories / ".drafts").glob("*"))
+
+
+def test_a_body_in_pieces_may_take_its_time(served, engine, monkeypatch):
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "SLOWEST", 10)
+    raw = json.dumps({"text": "words " * 5, "source": "s"}).encode()
+    with closing(served.connect()) as made:
+        made.sendall(head("/v1/memories/default/write", f"content-length: {len(raw)}") + raw[:20])
+        time.sleep(0.6)  # 20 bytes are good for 2 seconds
+        made.sendall(raw[20:])
+        assert rest(made).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("sent", ["nothing", "a head byte by byte", "a second head"])
+def test_heads_that_come_too_slowly_are_refused(served, engine, monkeypatch, sent):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    with closing(served.connect()) as slow:
+        if sent == "a second head":
+            slow.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += slow.recv(2**16)
+            time.sleep(0.5)  # idle between two requests: that has a time of its own
+            slow.sendall(b"GET /hea")
+        elif sent != "nothing":
+            with suppress(OSError):
+                for byte in b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-slow: yes yes yes\r\n":
+                    slow.sendall(bytes([byte]))
+                    time.sleep(0.02)
+        answer = rest(slow)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+    assert not served.server.server_state.connections
+
+
+@pytest.mark.parametrize("sent", [b"no HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 2**17])
+def test_what_is_no_http_is_refused_as_all_is(served, sent):
+    with closing(served.connect()) as made:
+        made.sendall(sent)
+        answer = made.recv(2**16)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+
+
+def test_a_client_that_does_not_read_keeps_no_connection(served, engine, monkeypatch):
+    """What is not streamed may be large as well: an export, a list of sources."""
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.3)
+    engine.memories[MemoryName("local", "default")] = Kept({"s" * 1000: ["x" * 20_000_000]})
+    made = served.connect()
+    made.sendall(b"GET /v1/memories/default/export HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    wait(lambda: engine.called)
+    wait(lambda: not served.server.server_state.connections)
+    wait(lambda: not list((served.server.config.app.state.front.config.memories / ".drafts").glob("*")))
+    assert b"200 OK" in served.get("/health")
+    made.close()
+
+
+def test_a_client_that_reads_slowly_gets_all_of_it(served, engine, monkeypatch):
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
+    text = "x" * 300_000
+    engine.memories[MemoryName("local", "default")] = Kept({"s": [text]})
+    with closing(served.connect()) as made:
+        made.sendall(b"GET /v1/memories/default/export HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        got = b""
+        while piece := made.recv(16384):
+            got += piece
+            time.sleep(0.02)
+    assert text.encode() in got
 
 
 def test_many_requests_at_once(served, engine):

@@ -9,8 +9,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from mplus.errors import ConfigError
 from mplus.serving.http.front import Front
+from mplus.serving.http.sockets.connections import PatientProtocol
 
 LONGEST_HEAD = 2**16
 """Bytes of a request's line and headers: a source's name in a path may take 12 KiB."""
@@ -52,15 +52,6 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises ConfigError: the port is taken, or there is no such host."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(f"the server cannot listen on {host}:{port}: {error}") from error
-
-
 def make_server(app: FastAPI, *, grace: float = 30.0) -> DrainingServer:
     """Return a server, which runs until SIGTERM or SIGINT.
 
@@ -73,6 +64,7 @@ def make_server(app: FastAPI, *, grace: float = 30.0) -> DrainingServer:
     """
     config = uvicorn.Config(
         app,
+        http=PatientProtocol,
         log_config=None,
         access_log=False,  # one line for each request is written by the app
         lifespan="on",
