@@ -65,21 +65,31 @@ CONTENDERS = {
 
 
 def measured(contender: Contender, folder: Path | None) -> dict[str, Any]:
-    """Measure one memory: retention of every seed of the facts, and its costs."""
+    """Measure one memory: retention for every seed of the facts, its oracle and its costs.
+
+    The oracle answers from a memory that holds nothing but the passage that is asked for.
+    """
     if contender.mechanism not in MECHANISMS.names():
         return {"status": "not installed"}
     if contender.settings is None and folder is None:
         return {"status": "not trained yet"}
     found: list[Any] = []
+    right = 0
     for seed in SEEDS:
         model, tokenizer = decoder(contender, folder)
         task = Facts(ages=AGES, streams=STREAMS, rounds=ROUNDS, seed=seed)
-        execution = GeneratedAnswers(model, tokenizer, task, options=RunOptions(streams=STREAMS, separator=" "))
+        options = RunOptions(streams=STREAMS, separator=" ")
         arms = ArmOptions(arms=(*contender.arms, contender.mechanism), window_tokens=64)
+        execution = GeneratedAnswers(model, tokenizer, task, options=options)
         found.append(retention(execution, arms, progress=False).plain())
+        alone = Facts(ages=(0,), streams=STREAMS * ROUNDS, rounds=1, seed=seed)
+        execution = GeneratedAnswers(model, tokenizer, alone, options=options)
+        own = ArmOptions(arms=(contender.mechanism,), window_tokens=64)
+        right += retention(execution, own, progress=False).arm(contender.mechanism).cells[0].correct
         print(contender.mechanism, seed, {arm["name"]: arm["accuracy_by_age"] for arm in found[-1]["arms"]}, flush=True)
     cost = costs(model, tokenizer, task)
-    return {"status": "measured", "reports": found, "costs": cost, "trained": folder is not None}
+    oracle = {"correct": right, "questions": len(SEEDS) * STREAMS * ROUNDS}
+    return {"status": "measured", "reports": found, "oracle": oracle, "costs": cost, "trained": folder is not None}
 
 
 def decoder(contender: Contender, folder: Path | None) -> tuple[Any, Any]:

@@ -267,8 +267,9 @@ def test_a_window_that_was_damaged_is_made_whole(model: Any) -> None:
     assert lost == ["2 places of the window, which are not whole"]
 
 
-def test_the_recipe_runs() -> None:
-    done = train("lamemo-tiny", dry_run=True, progress=False)
+@pytest.mark.parametrize("name", ["lamemo-tiny", pytest.param("lamemo-recall", marks=pytest.mark.nightly)])
+def test_the_recipes_run(name: str) -> None:
+    done = train(name, dry_run=True, progress=False)
     assert all(math.isfinite(float(record["total_loss"])) for record in done.records)
     assert bool(done.model.mplus.direction.any())
 

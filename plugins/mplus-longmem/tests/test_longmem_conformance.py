@@ -22,8 +22,9 @@ class TestLongMem(MechanismConformance):
     settings: ClassVar[Mapping[str, JsonValue]] = {"retrieved_tokens": 200}
 
 
-def test_the_recipe_runs() -> None:
-    done = train("longmem-tiny", dry_run=True, progress=False)
+@pytest.mark.parametrize("name", ["longmem-tiny", "longmem-recall"])
+def test_the_recipes_run(name: str) -> None:
+    done = train(name, dry_run=True, progress=False)
     assert all(math.isfinite(float(record["total_loss"])) for record in done.records)
     trained = {name for name, one in done.model.named_parameters() if one.requires_grad}
     assert trained

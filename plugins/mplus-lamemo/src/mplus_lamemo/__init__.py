@@ -37,4 +37,7 @@ from pathlib import Path
 TINY = Path(__file__).with_name("lamemo-tiny.toml")
 """A recipe that trains the direction vectors and adapters, on the small decoder that comes with mplus."""
 
-__all__ = ["TINY"]
+RECALL = Path(__file__).with_name("lamemo-recall.toml")
+"""A recipe that trains them to answer in the little language what the window holds."""
+
+__all__ = ["RECALL", "TINY"]

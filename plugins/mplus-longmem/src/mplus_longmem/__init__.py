@@ -19,6 +19,7 @@ grouped heads, depths that f does not divide, chunks that are not full) are in t
 
 Attributes:
     TINY: a recipe that trains the side network beside the decoder that comes with mplus, ``mplus train longmem-tiny``.
+    RECALL: a recipe that trains it to answer in the little language, ``mplus train longmem-recall``.
 """
 
 from pathlib import Path
@@ -27,5 +28,6 @@ from mplus_longmem.mechanism import LongMemMechanism
 from mplus_longmem.settings import LongMemOptions
 
 TINY = Path(__file__).with_name("longmem-tiny.toml")
+RECALL = Path(__file__).with_name("longmem-recall.toml")
 
-__all__ = ["TINY", "LongMemMechanism", "LongMemOptions"]
+__all__ = ["RECALL", "TINY", "LongMemMechanism", "LongMemOptions"]
