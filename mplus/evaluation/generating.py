@@ -24,6 +24,7 @@ from mplus.evaluation.options import as_numbers, as_texts
 from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.texts import Tokenizer
 from mplus.hf.model.model_class import MemoryModel
+from mplus.hf.types import Cache
 from mplus.memory.memory import Memory
 
 SHARED = 256
@@ -147,7 +148,7 @@ def _batch(
     prompts: Sequence[Sequence[int]],
     generation: Generation,
     memory: Memory | None = None,
-    cache: object | None = None,
+    cache: Cache | None = None,
 ) -> list[Generated]:
     longest = max(map(len, prompts))
     device = model.mplus_engine.device
@@ -191,7 +192,7 @@ def _batch(
     return found
 
 
-def cache_bytes(cache: Any) -> int:
+def cache_bytes(cache: Cache | None) -> int:
     """Return the bytes of the tensors in a key/value cache; 0 where it is not made of layers."""
     layers = getattr(cache, "layers", None) or []
     return sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, Tensor))

@@ -131,7 +131,9 @@ def read_together(model: WrappedModel, requests: Sequence[RowRequest]) -> list[R
 def _arguments(requests: Sequence[RowRequest]) -> ReadArguments:
     """Return what the forward of these requests asks for, as ``generate`` takes it."""
     first, several = requests[0], len(requests) > 1
-    query_tokens, queries = [one.query_tokens for one in requests], [one.retrieval_query for one in requests]
+    # Requests of one kind, so that all of them say a number or a query, or none does.
+    query_tokens = cast("list[int]", [one.query_tokens for one in requests])
+    queries = cast("list[str | Sequence[int]]", [one.retrieval_query for one in requests])
     return ReadArguments(
         memory=first.memory,
         query_tokens=query_tokens if several and first.query_tokens is not None else first.query_tokens,

@@ -18,11 +18,12 @@ from mplus.hf.model.modes import with_attention
 from mplus.hf.model.sizes import chosen, names
 from mplus.hf.pretrained.save import SavesAdditions
 from mplus.hf.reading import generation_config
-from mplus.hf.reading.arguments import DEFAULTS, ReadArguments
+from mplus.hf.reading.arguments import DEFAULTS, GivenArguments, ReadArguments
 from mplus.hf.reading.forward import check_memory, forward_with_memory
 from mplus.hf.reading.generation import GenerateCall, generate
 from mplus.hf.retrofit import attention
-from mplus.hf.retrofit.context import Output, subclass
+from mplus.hf.retrofit.context import subclass
+from mplus.hf.types import Argument, Output
 from mplus.memory.budget import Budget
 from mplus.memory.copying import check_device
 from mplus.memory.memory import Memory
@@ -139,7 +140,7 @@ class MemoryModel(SavesAdditions):
 
     def generate(
         self,
-        *args: Any,
+        *args: Argument,
         memory: Memory | None = None,
         query_tokens: int | Sequence[int] | None = None,
         retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
@@ -147,8 +148,8 @@ class MemoryModel(SavesAdditions):
         retrieve_every: int | None = None,
         output_sources: bool | None = None,
         reuse_memory_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: Argument,
+    ) -> Any:  # a tensor or an output, as transformers decides by settings that no type sees
         """``generate`` of the decoder, reading ``memory`` as it is at the call.
 
         Each of the arguments below may also stand in a ``GenerationConfig``, in that of the call or in the decoder's
@@ -251,8 +252,8 @@ class MemoryModel(SavesAdditions):
         Raises:
             NotSupported: it would read a memory.
         """
-        own = {} if memory is None else {"memory": memory}
-        if GenerateCall(self, args, {**kwargs, **own}).read_arguments(self.mplus_engine.readings).memory is not None:
+        call = GenerateCall(self, {"memory": memory}, args, kwargs)
+        if call.read_arguments(self.mplus_engine.readings).memory is not None:
             raise NotSupported(
                 "generate_batch (continuous batching) keeps keys and values of many texts in pages and leaves no place "
                 "for memory in front of a text: use generate"
@@ -319,7 +320,7 @@ def reading_class(
     @functools.wraps(base.forward)
     def forward(
         self: PreTrainedModel,
-        *args: Any,
+        *args: Argument,
         memory: Memory | None = None,
         query_tokens: int | Sequence[int] | None = None,
         retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
@@ -327,9 +328,9 @@ def reading_class(
         retrieve_every: int | None = None,
         output_sources: bool = False,
         reuse_memory_cache: bool = False,
-        **kwargs: Any,
+        **kwargs: Argument,
     ) -> Output:
-        asked = {
+        asked: GivenArguments = {
             "memory": memory,
             "query_tokens": query_tokens,
             "retrieval_query": retrieval_query,

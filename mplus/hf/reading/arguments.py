@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeGuard, cast
 
 import torch
 from attrs import define, field, fields
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mplus.config import any_number, flag, whole
 from mplus.errors import ArgumentError, ConfigError, InputError
@@ -26,29 +26,38 @@ SIMILAR = 0.7
 """Least ``difflib`` ratio at which an unknown argument counts as one of ours, misspelt."""
 
 
-def _counts(value: Any) -> Any:
+Query = str | tuple[int, ...]
+"""What to retrieve with: a text, or ids."""
+Nested: TypeAlias = "int | str | Sequence[Nested] | None"
+"""A number or a text, or several of them in sequences."""
+
+
+def _counts(value: int | Sequence[int] | Tensor | None) -> int | tuple[int, ...] | None:
     """Keep a whole number; make a tuple of a sequence or tensor of them."""
     if value is None or isinstance(value, int | str):
         return value
     try:
-        items = value.tolist() if hasattr(value, "tolist") else list(value)
+        items = list(value) if not hasattr(value, "tolist") else value.tolist()
         return operator.index(items) if not isinstance(items, list) else tuple(operator.index(item) for item in items)
     except TypeError:
-        return value
+        return cast("None", value)  # it is none of these, so the validator refuses it by its value
 
 
-Query = str | tuple[int, ...]
-"""What to retrieve with: a text, or ids."""
-
-
-def _queries(value: Any) -> Any:
+def _queries(value: Nested | Tensor) -> Query | tuple[Query, ...] | None:
     """Make tuples of sequences and tensors of ids."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return tuple(map(_queries, value)) if isinstance(value, list | tuple) else value
+
+    def as_tuples(items: Nested | Tensor) -> Nested:
+        plain: Nested = items.tolist() if isinstance(items, Tensor) else getattr(items, "tolist", lambda: items)()
+        return tuple(map(as_tuples, plain)) if isinstance(plain, list | tuple) else plain
+
+    return cast("Query | tuple[Query, ...] | None", as_tuples(value))  # what is none of these the validator refuses
 
 
-def _check_queries(instance: ReadArguments, attribute: Attribute[Any], value: Any) -> None:
+def _check_queries(
+    instance: ReadArguments,
+    attribute: Attribute[Query | tuple[Query, ...] | None],
+    value: Query | tuple[Query, ...] | None,
+) -> None:
     if value is None or _is_query(value):
         return
     if not isinstance(value, tuple) or not value or not all(map(_is_query, value)):
@@ -58,13 +67,15 @@ def _check_queries(instance: ReadArguments, attribute: Attribute[Any], value: An
         )
 
 
-def _is_query(value: Any) -> bool:
+def _is_query(value: Nested) -> TypeGuard[Query]:
     if isinstance(value, str):
         return bool(value.strip())
     return isinstance(value, tuple) and bool(value) and all(type(one) is int and one >= 0 for one in value)
 
 
-def _positive_counts(instance: ReadArguments, attribute: Attribute[int], value: Any) -> None:
+def _positive_counts(
+    instance: ReadArguments, attribute: Attribute[int | tuple[int, ...] | None], value: int | tuple[int, ...] | None
+) -> None:
     if value is None:
         return
     for count in value if isinstance(value, tuple) else (value,):
@@ -114,7 +125,7 @@ class ReadArguments:
             )
         return counts
 
-    def queries_of(self, tokenizer: Any, rows: int) -> list[Tensor] | None:
+    def queries_of(self, tokenizer: PreTrainedTokenizerBase | None, rows: int) -> list[Tensor] | None:
         """Return ``retrieval_query`` as ids ``[q]`` int64 for each of ``rows``; None where there is none.
 
         Raises:
@@ -128,21 +139,40 @@ class ReadArguments:
             raise InputError(
                 f"retrieval_query must be one text or one per row, got {len(queries)} for a batch of {rows} rows"
             )
-        found = []
+        tensors = []
         for query in queries:
-            if isinstance(query, str) and tokenizer is None:
-                raise InputError(
-                    "a retrieval_query of text needs a tokenizer: pass tokenizer= to new_memory, load or open, or ids"
-                )
-            ids = tokenizer(query, add_special_tokens=False)["input_ids"] if isinstance(query, str) else query
+            ids = query
+            if isinstance(query, str):
+                if tokenizer is None:
+                    raise InputError(
+                        "a retrieval_query of text needs a tokenizer: pass tokenizer= to new_memory, load or open, "
+                        "or ids"
+                    )
+                ids = tokenizer(query, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise InputError(f"retrieval_query must have at least one token, got {query!r}")
-            found.append(torch.tensor(ids, dtype=torch.int64))
-        return found
+            tensors.append(torch.tensor(ids, dtype=torch.int64))
+        return tensors
 
 
-DEFAULTS: Mapping[str, Any] = {attribute.name: attribute.default for attribute in fields(ReadArguments)}
+DEFAULTS: Mapping[str, bool | None] = {attribute.name: attribute.default for attribute in fields(ReadArguments)}
 """The added arguments and their defaults."""
+
+
+Given: TypeAlias = "Memory | str | float | Sequence[int] | Sequence[str | Sequence[int]] | None"
+"""A value of one of the added arguments; None: nothing was said."""
+
+
+class GivenArguments(TypedDict, total=False):
+    """The arguments of a call that mplus adds, those that were given; see ``ReadArguments``."""
+
+    memory: Memory | None
+    query_tokens: int | Sequence[int] | None
+    retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None
+    min_score: float | None
+    retrieve_every: int | None
+    output_sources: bool
+    reuse_memory_cache: bool
 
 
 def check_spelling(names: Iterable[str], base: type) -> None:
@@ -157,13 +187,13 @@ def check_spelling(names: Iterable[str], base: type) -> None:
             that name.
     """
     for name in names:
-        meant = None if name in DEFAULTS else _meant(name)
-        if meant is not None and name not in _known(base):
-            raise ArgumentError(f"unknown argument {name!r}: did you mean {meant!r}?")
+        similar = None if name in DEFAULTS else _similar(name)
+        if similar is not None and name not in _known(base):
+            raise ArgumentError(f"unknown argument {name!r}: did you mean {similar!r}?")
 
 
-@lru_cache(maxsize=1024)
-def _meant(name: str) -> str | None:
+@lru_cache(maxsize=1024)  # matching takes longer than a small layer, and the same names come for every token
+def _similar(name: str) -> str | None:
     close = difflib.get_close_matches(name.lower(), DEFAULTS, n=1, cutoff=SIMILAR)
     return close[0] if close else None
 

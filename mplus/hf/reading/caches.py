@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from attrs import define, evolve
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mplus.errors import MemoryMismatchError
 from mplus.hf.reading.reading import Reading
@@ -15,6 +15,9 @@ from mplus.hf.retrofit.context import change_class, subclass
 from mplus.mechanisms.decoder import Text
 from mplus.mechanisms.opened import TextCache
 from mplus.memory.memory import Memory
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def first_tokens(mask: Tensor, count: int | tuple[int, ...] | None) -> Tensor:
@@ -94,16 +97,16 @@ class TextSoFar:
         place = torch.arange(self.tokens, device=self.mask.device)
         return (self.mask & (place >= self.chosen[:, None]) & (place < end)).sum(1)
 
-    def whole(self, tokenizer: Any) -> Text:
+    def whole(self, tokenizer: PreTrainedTokenizerBase | None) -> Text:
         """Return all of the text."""
         return Text(self.ids, self.mask, tokenizer)
 
-    def opened(self, tokenizer: Any) -> Text:
+    def opened(self, tokenizer: PreTrainedTokenizerBase | None) -> Text:
         """Return the text that ``open`` saw."""
         ids = None if self.ids is None else self.ids[:, : self.prompt]
         return Text(ids, self.mask[:, : self.prompt], tokenizer, query=self.query[:, : self.prompt])
 
-    def until_chosen(self, tokenizer: Any, query_tokens: int | None) -> Text:
+    def until_chosen(self, tokenizer: PreTrainedTokenizerBase | None, query_tokens: int | None) -> Text:
         """Return the text up to where each row last chose; its last ``query_tokens`` tokens, or all, retrieve."""
         end = int(self.chosen.max())
         place = torch.arange(end, device=self.mask.device)
@@ -185,7 +188,15 @@ def is_begun(cache: Cache) -> bool:
         return bool(cache.has_previous_state())
 
 
-def keep_reading(cache: Cache, reading: Reading) -> None:
+class Snapshot(Protocol):
+    """A reading of a memory, as it was at its ``version``."""
+
+    version: int
+
+    def is_of(self, memory: Memory) -> bool: ...
+
+
+def keep_reading(cache: Cache, reading: Snapshot) -> None:
     """Note in a cache what it was made under."""
     cache._mplus_reading = reading  # type: ignore[attr-defined]
 
@@ -236,9 +247,9 @@ def embedded_in_front(model: PreTrainedModel) -> int:
     return embedded_by(getattr(model.prepare_inputs_for_generation, "__self__", None))
 
 
-def embedded_by(peft_model: Any) -> int:
-    """Return how many virtual tokens ``peft_model`` embeds in front of a text; 0 for what is no PeftModel."""
-    config = getattr(peft_model, "active_peft_config", None)
+def embedded_by(model: PreTrainedModel | PeftModel | None) -> int:
+    """Return how many virtual tokens a PeftModel embeds in front of a text; 0 for what is no PeftModel."""
+    config = getattr(model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning or config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         return 0
     return int(config.num_virtual_tokens)

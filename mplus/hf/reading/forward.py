@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from attrs import evolve
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from mplus.errors import ConfigError, MechanismError, MemoryMismatchError, NotSupported
 from mplus.hf.model.engine import DecoderEngine
-from mplus.hf.reading.arguments import DEFAULTS, ReadArguments, check_spelling
+from mplus.hf.reading.arguments import DEFAULTS, GivenArguments, ReadArguments, check_spelling
 from mplus.hf.reading.caches import TextSoFar, check_cache, follow, keep_reading, text_in
 from mplus.hf.reading.checks import check_rows, check_weights, is_as_kept
 from mplus.hf.reading.generating import generation_of
@@ -22,9 +22,10 @@ from mplus.hf.reading.inputs import ForwardInputs
 from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.reading.pieces import read_in_pieces
 from mplus.hf.reading.placing import place_text
-from mplus.hf.reading.reading import Reading, one_per_row, retrieved_sources
+from mplus.hf.reading.reading import Reading, one_per_row, report_sources, retrieved_sources
 from mplus.hf.reading.retrieval import ReadSource, reopen_where_due, resume, without_padding
 from mplus.hf.retrofit.context import Collection, Pass, current_pass, merged_for, run_in
+from mplus.hf.types import Argument, DecoderOutput, Output
 from mplus.mechanisms.decoder import PassResult, Text
 from mplus.memory.engine import Engine
 from mplus.memory.memory import Memory
@@ -33,16 +34,13 @@ from mplus.memory.recompute import refresh_if_stale
 if TYPE_CHECKING:
     from mplus.hf.model.installed import WrappedModel
 
-Output = Any
-"""What a decoder returns: a ``ModelOutput`` of its own, or a tuple."""
-
 
 def forward_with_memory(
     model: WrappedModel,
     base: type[PreTrainedModel],
-    asked: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    asked: GivenArguments,
+    args: tuple[Argument, ...],
+    kwargs: Mapping[str, Argument],
 ) -> Output:
     """Run ``base.forward`` with a memory: that of the generation around it, of the call, or of ``model.reading``.
 
@@ -70,18 +68,19 @@ def forward_with_memory(
     # A pass of mplus itself, such as a write, knows what it reads, whatever block it runs in.
     arguments = None if plain and current_pass() is not None else arguments_of(model, asked)
     if arguments is None or arguments.memory is None:
-        if kwargs.get("past_key_values") is not None:
-            check_cache(kwargs["past_key_values"], None, arguments is not None and arguments.reuse_memory_cache)
+        cache = cast("Cache | None", kwargs.get("past_key_values"))
+        if cache is not None:
+            check_cache(cache, None, arguments is not None and arguments.reuse_memory_cache)
         return base.forward(model, *args, **kwargs)
     return _read(model, base, arguments, None, ForwardInputs.of(base, args, kwargs))
 
 
-def arguments_of(model: WrappedModel, asked: Mapping[str, Any]) -> ReadArguments | None:
+def arguments_of(model: WrappedModel, asked: GivenArguments) -> ReadArguments | None:
     """Return what a call reads: as it asks, or, where it names no memory, as the ``model.reading`` around it says.
 
     None where nothing is asked and there is no block.
     """
-    changed = {name: value for name, value in asked.items() if value is not DEFAULTS[name]}
+    changed = cast("GivenArguments", {name: one for name, one in asked.items() if one is not DEFAULTS[name]})
     around = None if "memory" in changed else model.mplus_engine.readings.current()
     if around is not None:
         return evolve(around, **changed) if changed else around
@@ -107,10 +106,11 @@ def _read(
     if reading.retrieve_every is None:
         output = _run(engine, reading, base, inputs)
     else:
-        pieces = read_in_pieces(model, reading, inputs, partial(_run, engine, reading, base, piece=True))
+        read_piece = cast("Callable[[ForwardInputs], DecoderOutput]", partial(_run, engine, reading, base, piece=True))
+        pieces = read_in_pieces(model, reading, inputs, read_piece)  # which asks for outputs, not tuples
         output = pieces if as_dict else pieces.to_tuple()
     if arguments.output_sources:
-        output.memory_sources = retrieved_sources(reading)
+        report_sources(output, retrieved_sources(reading))
     return output
 
 
@@ -199,7 +199,7 @@ def _run(
     return output
 
 
-def check_memory(engine: Engine, memory: Any) -> None:
+def check_memory(engine: Engine, memory: Memory) -> None:
     """Raise MemoryMismatchError when ``memory`` is none of this decoder, or has another dtype."""
     if not isinstance(memory, Memory):
         raise MemoryMismatchError(f"memory must be an mplus.Memory, got {type(memory).__name__}")

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Self, cast
 
 from attrs import evolve
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.model.engine import DecoderEngine
-from mplus.hf.reading.arguments import DEFAULTS, ReadArguments, check_spelling
+from mplus.hf.reading.arguments import DEFAULTS, Given, GivenArguments, ReadArguments, check_spelling
 from mplus.hf.reading.caches import check_cache, embedded_in_front
 from mplus.hf.reading.checks import check_weights
 from mplus.hf.reading.forward import ask, go_on, read
 from mplus.hf.reading.generating import generate_in, is_generating
 from mplus.hf.reading.open_readings import OpenReadings
 from mplus.hf.reading.override import mechanism_for_reads
-from mplus.hf.reading.reading import retrieved_sources
+from mplus.hf.reading.reading import report_sources, retrieved_sources
+from mplus.hf.types import Argument, Generated
 
 
 class GenerateCall:
@@ -29,24 +30,30 @@ class GenerateCall:
 
     Args:
         model: the wrapped decoder.
-        args, kwargs: of the call; arguments that mplus added are among ``kwargs`` where they are not None.
+        own: the arguments of the call that mplus added; None says nothing.
+        args, kwargs: the others.
     """
 
-    def __init__(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        own: Mapping[str, Given],
+        args: tuple[Argument, ...],
+        kwargs: Mapping[str, Argument],
+    ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
-        self.configs = [
-            kwargs.get("generation_config") or (args[1] if len(args) > 1 else None),
-            getattr(model, "generation_config", None),
-        ]
+        self.own = cast("GivenArguments", {name: value for name, value in own.items() if value is not None})
+        named = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        self.configs = [cast("GenerationConfig | None", named), getattr(model, "generation_config", None)]
 
     @classmethod
     def of(
         cls,
         model: PreTrainedModel,
         base: type[PreTrainedModel],
-        own: Mapping[str, Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        own: Mapping[str, Given],
+        args: tuple[Argument, ...],
+        kwargs: Mapping[str, Argument],
     ) -> Self:
         """Return the call of a method ``generate``.
 
@@ -60,16 +67,20 @@ class GenerateCall:
             ArgumentError: a keyword, or a setting of the call's config, is one that mplus adds, misspelt.
         """
         check_spelling(kwargs, base)
-        call = cls(model, args, {**kwargs, **{name: value for name, value in own.items() if value is not None}})
+        call = cls(model, own, args, kwargs)
         check_spelling(getattr(call.configs[0], "__dict__", ()), base)
         return call
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Argument:
         """Return the setting ``name``, or None."""
         if name in self.kwargs:
             return self.kwargs[name]
-        found = (getattr(config, name, None) for config in self.configs)
-        return next((value for value in found if value is not None), None)
+        values = (getattr(config, name, None) for config in self.configs)
+        return next((value for value in values if value is not None), None)
+
+    def number(self, name: str) -> int | None:
+        """Return a setting that is a whole number, or None."""
+        return cast("int | None", self[name])  # transformers checks it
 
     def read_arguments(self, readings: OpenReadings) -> ReadArguments:
         """Return what the call reads: as it says, else as a block of ``model.reading``, else as the model's config.
@@ -80,15 +91,14 @@ class GenerateCall:
         Args:
             readings: the blocks of ``model.reading`` that are open.
         """
-        said = {name: self.kwargs[name] for name in DEFAULTS if name in self.kwargs}
         if is_generating(self.model):
-            return ReadArguments(**said)
-        call, default = ({name: getattr(config, name, None) for name in DEFAULTS} for config in self.configs)
-        said = {**{name: value for name, value in call.items() if value is not None}, **said}
-        around = readings.current() if said.get("memory") is None else None
+            return ReadArguments(**self.own)
+        call, default = (_given_in(config) for config in self.configs)
+        given = call | self.own
+        around = readings.current() if given.get("memory") is None else None
         if around is not None:
-            return evolve(around, **said)
-        return ReadArguments(**{**{name: value for name, value in default.items() if value is not None}, **said})
+            return evolve(around, **given)
+        return ReadArguments(**(default | given))
 
     def check_reports(self, arguments: ReadArguments) -> None:
         """Raise ConfigError where sources are to be reported, and the call returns a tensor."""
@@ -99,15 +109,15 @@ class GenerateCall:
 
     def prompt_shape(self) -> tuple[int, int]:
         """Return the number of prompts and of tokens per prompt; without a prompt, generation starts from BOS alone."""
-        given = self._prompt("inputs", "input_ids", "inputs_embeds")
-        return (1, 1) if given is None else (given.shape[0], given.shape[1])
+        prompt = self._prompt("inputs", "input_ids", "inputs_embeds")
+        return (1, 1) if prompt is None else (prompt.shape[0], prompt.shape[1])
 
     def unmasked_prompt(self) -> Tensor | None:
         """Return ids ``[B, T]`` of prompts that came without a mask; None where there is a mask, or are no ids."""
         if self.kwargs.get("attention_mask") is not None or self.kwargs.get("inputs_embeds") is not None:
             return None
-        given = self._prompt("inputs", "input_ids")
-        return given if given is None or given.dim() == 2 else None
+        prompt = self._prompt("inputs", "input_ids")
+        return prompt if prompt is None or prompt.dim() == 2 else None
 
     def prompt_mask(self, prompt: int) -> Tensor | None:
         """Return ``[B, T]`` bool, False at padding of prompts of so many tokens; None where there is no such mask."""
@@ -116,23 +126,29 @@ class GenerateCall:
 
     def further_tokens(self, prompt: int) -> int:
         """Return how many tokens may be read behind a prompt of so many tokens: all new ones but the last."""
-        new, longest = self["max_new_tokens"], self["max_length"]
+        new, longest = self.number("max_new_tokens"), self.number("max_length")
         most = new if new is not None else 0 if longest is None else longest - prompt
         return max(most - 1, 0)
 
     def _prompt(self, *names: str) -> Tensor | None:
-        places = [self.args[0] if self.args else None, *(self.kwargs.get(name) for name in names)]
-        return next((prompt for prompt in places if prompt is not None and prompt.shape[1]), None)
+        prompts = cast("list[Tensor | None]", [*self.args[:1], *(self.kwargs.get(name) for name in names)])
+        return next((prompt for prompt in prompts if prompt is not None and prompt.shape[1]), None)
+
+
+def _given_in(config: GenerationConfig | None) -> GivenArguments:
+    """Return the arguments that mplus adds, as far as a generation config says them."""
+    values = {name: getattr(config, name, None) for name in DEFAULTS}
+    return cast("GivenArguments", {name: value for name, value in values.items() if value is not None})
 
 
 def generate(
     model: PreTrainedModel,
     engine: DecoderEngine,
     base: type[PreTrainedModel],
-    own: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Any:
+    own: Mapping[str, Given],
+    args: tuple[Argument, ...],
+    kwargs: Mapping[str, Argument],
+) -> Generated:
     """Generate as ``MemoryModel.generate`` describes.
 
     Args:
@@ -144,14 +160,15 @@ def generate(
     """
     call = GenerateCall.of(model, base, own, args, kwargs)
     arguments = call.read_arguments(engine.readings)
-    base_generate: Callable[..., Any] = partial(base.generate, model)  # type: ignore[attr-defined]
+    base_generate: Callable[..., Generated] = partial(base.generate, model)  # type: ignore[attr-defined]
     if arguments.memory is None:
         return base_generate(*args, **kwargs)
     mechanism = mechanism_for_reads(engine)
     refuse(call, arguments.retrieve_every, follows_beams=mechanism.reopens and not mechanism.retrieves)
     call.check_reports(arguments)
     engine.check_attention()
-    reading = check_cache(kwargs.get("past_key_values"), arguments.memory, arguments.reuse_memory_cache)
+    cache = cast("Cache | None", kwargs.get("past_key_values"))
+    reading = check_cache(cache, arguments.memory, arguments.reuse_memory_cache)
     prompts, tokens = call.prompt_shape()
     virtual = embedded_in_front(model)
     if reading is None:
@@ -167,7 +184,7 @@ def generate(
     reading.repeats_allowed, reading.keep = True, True
     output = generate_in(model, reading, base_generate, *args, **kwargs)
     if arguments.output_sources:
-        output.memory_sources = retrieved_sources(reading)
+        report_sources(output, retrieved_sources(reading))
     return output
 
 
@@ -190,7 +207,7 @@ def refuse(call: GenerateCall, retrieve_every: int | None, *, follows_beams: boo
         reasons += [
             f"retrieve_every needs {name}=1: what is retrieved is for one continuation of a prompt"
             for name in ("num_beams", "num_return_sequences")
-            if (call[name] or 1) > 1 and not follows_beams
+            if (call.number(name) or 1) > 1 and not follows_beams
         ]
         reasons += [
             f"retrieve_every does not go with {name}: guessed tokens would retrieve as well"

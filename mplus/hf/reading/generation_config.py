@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import ParamSpec, TypeAlias, overload
 
 from attrs import define
 from transformers import GenerationConfig, PreTrainedModel
@@ -13,6 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from mplus.memory.memory import Memory
 
 P = ParamSpec("P")
+Setting: TypeAlias = "bool | int | float | str | Memory | MemoryReference | list[Setting] | dict[str, Setting] | None"
+"""A value in a generation config, as data that can be written; and a memory."""
 
 
 @define(frozen=True, eq=False)
@@ -21,7 +23,7 @@ class MemoryReference:
 
     memory: Memory
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryReference:
+    def __deepcopy__(self, memo: dict[int, MemoryReference]) -> MemoryReference:
         """Return this reference, since transformers copies a config before every use.
 
         Of a decoder that is copied whole, the memory is copied with it.
@@ -34,16 +36,20 @@ class MemoryReference:
 class MemorySetting:
     """The attribute ``memory`` of ``GenerationConfig``; values that are no memory are kept as they are anywhere."""
 
-    def __get__(self, config: GenerationConfig | None, owner: type | None = None) -> Any:
+    @overload
+    def __get__(self, config: None, owner: type) -> MemorySetting: ...
+    @overload
+    def __get__(self, config: GenerationConfig, owner: type | None = None) -> Setting: ...
+    def __get__(self, config: GenerationConfig | None, owner: type | None = None) -> Setting | MemorySetting:
         if config is None:
             return self
         try:
-            value = config.__dict__["memory"]
+            value: Setting = config.__dict__["memory"]
         except KeyError:
             raise AttributeError(f"{type(config).__name__!r} object has no attribute 'memory'") from None
         return value.memory if isinstance(value, MemoryReference) else value
 
-    def __set__(self, config: GenerationConfig, value: Any) -> None:
+    def __set__(self, config: GenerationConfig, value: Setting) -> None:
         config.__dict__["memory"] = MemoryReference(value) if isinstance(value, Memory) else value
 
     def __delete__(self, config: GenerationConfig) -> None:
@@ -56,8 +62,8 @@ def register() -> None:
     if isinstance(GenerationConfig.__dict__.get("memory"), MemorySetting):
         return
     # They write, compare and print themselves by ``to_dict``, which copies all that they hold.
-    configs: Any = GenerationConfig
-    configs.to_dict, configs.memory = _without_memory(configs.to_dict), MemorySetting()
+    setattr(GenerationConfig, "to_dict", _without_memory(GenerationConfig.to_dict))  # noqa: B010 - of a class not ours
+    setattr(GenerationConfig, "memory", MemorySetting())  # noqa: B010
 
 
 def drop_memory(model: PreTrainedModel) -> None:
@@ -67,9 +73,9 @@ def drop_memory(model: PreTrainedModel) -> None:
         del config.memory
 
 
-def _without_memory(to_dict: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
+def _without_memory(to_dict: Callable[P, dict[str, Setting]]) -> Callable[P, dict[str, Setting]]:
     @functools.wraps(to_dict)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> dict[str, Setting]:
         plain = to_dict(*args, **kwargs)
         if isinstance(plain.get("memory"), MemoryReference):
             del plain["memory"]

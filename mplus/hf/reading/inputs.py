@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, Self
+from typing import ParamSpec, Self, TypeVar, cast
 
 import torch
 from attrs import define
@@ -13,15 +13,21 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from mplus.errors import InputError
+from mplus.hf.types import Argument, ForwardArguments
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @lru_cache(maxsize=64)  # looked up for every token
-def signature_of(function: Callable[..., object]) -> inspect.Signature:
+def signature_of(function: Callable[P, R]) -> inspect.Signature:
     """Return the signature of a method of a decoder."""
     return inspect.signature(function)
 
 
-def by_name(base: type[PreTrainedModel], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def by_name(
+    base: type[PreTrainedModel], args: tuple[Argument, ...], kwargs: Mapping[str, Argument]
+) -> ForwardArguments:
     """Return the arguments of one ``forward``, each under its name."""
     signature = signature_of(base.forward)
     _, *inputs = signature.bind_partial(None, *args, **kwargs).arguments.items()  # without self
@@ -29,7 +35,7 @@ def by_name(base: type[PreTrainedModel], args: tuple[Any, ...], kwargs: Mapping[
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
-    return named
+    return cast("ForwardArguments", named)  # a decoder that takes these names takes them as transformers does
 
 
 @define(eq=False)
@@ -41,11 +47,11 @@ class ForwardInputs:
         takes_positions: whether the decoder has ``position_ids``.
     """
 
-    named: dict[str, Any]
+    named: ForwardArguments
     takes_positions: bool
 
     @classmethod
-    def of(cls, base: type[PreTrainedModel], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Self:
+    def of(cls, base: type[PreTrainedModel], args: tuple[Argument, ...], kwargs: Mapping[str, Argument]) -> Self:
         """Return the arguments of a call of ``base.forward``."""
         return cls(by_name(base, args, kwargs), "position_ids" in signature_of(base.forward).parameters)
 

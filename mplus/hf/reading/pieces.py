@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from attrs import evolve
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
+from transformers import Cache, PreTrainedModel
 
 from mplus.errors import InputError, NotSupported
 from mplus.hf.reading.caches import TextSoFar, first_tokens, text_in
 from mplus.hf.reading.inputs import ForwardInputs
 from mplus.hf.reading.reading import Reading
+from mplus.hf.types import DecoderOutput, ForwardArguments
 
 _OF_TEXT = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "mm_token_type_ids")
 """Arguments with one entry per token, in dimension 1."""
@@ -25,8 +25,8 @@ _OF_ALL = (*_OF_LOSS, "logits_to_keep", "attention_mask", "past_key_values", "ca
 
 
 def read_in_pieces(
-    model: PreTrainedModel, reading: Reading, inputs: ForwardInputs, read: Callable[[ForwardInputs], ModelOutput]
-) -> ModelOutput:
+    model: PreTrainedModel, reading: Reading, inputs: ForwardInputs, read: Callable[[ForwardInputs], DecoderOutput]
+) -> DecoderOutput:
     """Return the output of a forward over a text, read piece by piece through a key/value cache.
 
     Args:
@@ -50,17 +50,19 @@ def read_in_pieces(
     starts = piece_starts(reading, text.shape[:2], None if mask is None else mask[:, -total:].bool().cpu(), so_far)
     shared = {name: value for name, value in named.items() if name not in (*_OF_LOSS, "logits_to_keep")}
     shared.update(use_cache=True, return_dict=True)
-    outputs: list[ModelOutput] = []
+    per_token = {name: value for name, value in named.items() if name in _OF_TEXT and isinstance(value, Tensor)}
+    columns = named.get("cache_position")
+    outputs: list[DecoderOutput] = []
     for start, end in zip(starts, [*starts[1:], total], strict=True):
         piece = dict(shared)
-        piece.update({name: named[name][:, start:end] for name in _OF_TEXT if named.get(name) is not None})
+        piece.update({name: tensor[:, start:end] for name, tensor in per_token.items()})
         if mask is not None:
             piece["attention_mask"] = mask[:, : mask.shape[1] - total + end]
-        if named.get("cache_position") is not None:
-            piece["cache_position"] = named["cache_position"][start:end]
+        if columns is not None:
+            piece["cache_position"] = columns[start:end]
         if outputs:
             piece["past_key_values"] = outputs[-1]["past_key_values"]
-        outputs.append(read(evolve(inputs, named=piece)))
+        outputs.append(read(evolve(inputs, named=cast("ForwardArguments", piece))))
         if getattr(outputs[-1], "past_key_values", None) is None:
             raise NotSupported(f"retrieve_every needs a key/value cache, and {type(model).__name__} returned none")
     return _join(model, outputs, named)
@@ -103,7 +105,7 @@ def piece_starts(
     return sorted({0, *due})
 
 
-def refuse(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+def refuse(model: PreTrainedModel, inputs: ForwardArguments) -> None:
     """Raise NotSupported for what a text read in pieces cannot give."""
     reasons = []
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -128,27 +130,29 @@ def refuse(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _join(model: PreTrainedModel, outputs: Sequence[ModelOutput], inputs: Mapping[str, Any]) -> ModelOutput:
+def _join(model: PreTrainedModel, outputs: Sequence[DecoderOutput], inputs: ForwardArguments) -> DecoderOutput:
     """Join the outputs of all pieces into one of the decoder's type."""
     last = outputs[-1]
-    fields: dict[str, Any] = {}
+    joined: dict[str, Tensor | tuple[Tensor, ...] | Cache | None] = {}
     for name, value in last.items():
         parts = [output[name] for output in outputs]
         if name == "past_key_values":
-            fields[name] = None if inputs.get("use_cache") is False else value
+            joined[name] = None if inputs.get("use_cache") is False else value
         elif name == "hidden_states":
-            fields[name] = tuple(torch.cat(layer, 1) for layer in zip(*parts, strict=True))
+            joined[name] = tuple(torch.cat(layer, 1) for layer in zip(*parts, strict=True))
         elif name in {"logits", "last_hidden_state"}:
-            fields[name] = torch.cat(parts, 1)
+            joined[name] = torch.cat(parts, 1)
         else:
             raise NotSupported(
                 f"forward with retrieve_every does not know how to join {name!r} of {type(last).__name__} of its pieces"
             )
     kept = inputs.get("logits_to_keep", 0)
-    if "logits" in fields:
-        fields["logits"] = fields["logits"][:, slice(-kept, None) if isinstance(kept, int) else kept]
+    logits = joined.get("logits")
+    if isinstance(logits, Tensor):
+        joined["logits"] = logits[:, slice(-kept, None) if isinstance(kept, int) else kept]
     if inputs.get("labels") is not None:
-        given = {name: inputs[name] for name in _OF_LOSS if inputs.get(name) is not None}
+        given = {name: value for name, value in inputs.items() if name in _OF_LOSS and value is not None}
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        fields = {"loss": model.loss_function(logits=fields["logits"], vocab_size=vocabulary, **given), **fields}
-    return type(last)(**fields)
+        loss = model.loss_function(logits=joined["logits"], vocab_size=vocabulary, **given)
+        joined = {"loss": loss, **joined}  # in front, where a tuple of the output has it
+    return type(last)(**joined)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from attrs import Factory, define, evolve, field
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mplus.backends.base import Segment
 from mplus.errors import MechanismError, MemoryMismatchError
 from mplus.hf.adapters.weights import Look
+from mplus.hf.types import Generated, Output
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Attended, Decoder, Text
 from mplus.mechanisms.opened import Opened, Retrieved
@@ -97,7 +99,9 @@ class Reading:
     starts: Tensor | None = None
     versions: Sequence[int] = ()
     memories: Sequence[Memory] = ()
-    tokenizer: Any = field(default=Factory(lambda self: getattr(self.memory, "tokenizer", None), takes_self=True))
+    tokenizer: PreTrainedTokenizerBase | None = field(
+        default=Factory(lambda self: getattr(self.memory, "tokenizer", None), takes_self=True)
+    )
 
     def open(self, decoder: Decoder, text: Text, copies: int = 1) -> None:
         """Let the mechanism get ready, at the first forward, for so many copies of each stream."""
@@ -185,7 +189,7 @@ class Reading:
         """Return whether ``memory`` is still in the state this reading was taken in."""
         return self.memory is memory and self.version == memory.version
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Reading:
+    def __deepcopy__(self, memo: dict[int, Reading]) -> Reading:
         """Return a reading of the same memory: copying a key/value cache must not copy memory and model with it."""
         recent = dict(self.recent)
         return evolve(self, retrieved=dict(self.retrieved), segments=dict(self.segments), repeated={}, recent=recent)
@@ -250,6 +254,15 @@ class RetrievedSource:
     score: float | None
     written: datetime | None = field(default=None, repr=False)
     tokens: int = 1
+
+
+class _Reported(Protocol):
+    memory_sources: list[list[list[RetrievedSource]]]
+
+
+def report_sources(output: Output | Generated, sources: list[list[list[RetrievedSource]]]) -> None:
+    """Put ``memory_sources`` on what a call returns: an output with fields, since others were refused before it ran."""
+    cast("_Reported", output).memory_sources = sources
 
 
 def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:

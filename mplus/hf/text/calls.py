@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 from attrs import define, field
@@ -17,13 +17,14 @@ from mplus.hf.text.ask import Contains, choose
 from mplus.hf.text.encoding import encoded
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.reading import TextReading, check_recalled
+from mplus.hf.types import Generated
 
 
 def refuse_for_calls(call: GenerateCall) -> None:
     """Raise NotSupported for ways of generating in which a call cannot be answered."""
     reasons = [
         f"{name}=1 is needed: a call is answered in one text" for name in ("num_beams", "num_return_sequences")
-        if (call[name] or 1) > 1
+        if (call.number(name) or 1) > 1
     ]  # fmt: skip
     reasons += [
         f"{name} cannot be had: the text is generated in pieces, some of which are taken back"
@@ -52,6 +53,13 @@ class _Without(LogitsProcessor):
         return scores
 
 
+class Pieces(TypedDict):
+    """The settings of a call that every piece of its text gets anew."""
+
+    logits_processor: LogitsProcessorList | None
+    stopping_criteria: StoppingCriteriaList | None
+
+
 @define(eq=False)
 class Continuation:
     """One text that is generated, with the calls in it.
@@ -63,7 +71,7 @@ class Continuation:
         generate: ``generate`` of the decoder, with the settings of the call.
         context: what the decoder sees: prompt, recalled text, visible text, calls and answers.
         left: tokens that may still be generated, those of calls not counted.
-        settings: of the call that every piece gets anew: "logits_processor" and "stopping_criteria".
+        settings: of the call that every piece gets anew.
         visible: tokens of the visible text.
         banned: tokens that the next piece must not begin with: it would be the call that was just taken back.
         answered: the call that was answered last; None: none was.
@@ -73,10 +81,10 @@ class Continuation:
     engine: TextEngine
     reading: TextReading
     row: int
-    generate: Callable[..., Tensor]
+    generate: Callable[..., Generated]
     context: list[int]
     left: int
-    settings: Mapping[str, Any]
+    settings: Pieces
     visible: list[int] = field(factory=list, init=False)
     banned: list[int] = field(factory=list, init=False)
     answered: str | None = field(default=None, init=False)
@@ -185,11 +193,11 @@ class Continuation:
         ids = torch.tensor([context], device=self.engine.device)
         processors = [*(self.settings.get("logits_processor") or ()), _Without(self.banned, len(context))]
         criteria = [*(self.settings.get("stopping_criteria") or ()), end]
-        found = self.generate(
+        sequences = self.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, return_dict_in_generate=False,
             logits_processor=LogitsProcessorList(processors), stopping_criteria=StoppingCriteriaList(criteria),
         )  # fmt: skip
-        new: list[int] = found[0, len(context) :].tolist()
+        new: list[int] = sequences[0, len(context) :].tolist()
         return new
 
 

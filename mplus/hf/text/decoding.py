@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from attrs import define, field
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from mplus.hf.text.encoding import encoded
+from mplus.hf.types import DecoderOutput
 from mplus.mechanisms.text.stopping import LateStopping
 
 
@@ -47,8 +47,8 @@ class Steps:
         forward: of the decoder alone.
     """
 
-    forward: Callable[..., Any]
-    _cache: Any = field(default=None, init=False)
+    forward: Callable[..., DecoderOutput]
+    _cache: Cache | None = field(default=None, init=False)
     _seen: int = field(default=0, init=False)
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Steps:
         return found
 
 
-def chosen(forward: Callable[..., Any], ids: Tensor, trie: Trie, end: int | None) -> str:
+def chosen(forward: Callable[..., DecoderOutput], ids: Tensor, trie: Trie, end: int | None) -> str:
     """Return the choice that greedy decoding among the tokens of ``trie`` comes to; ``end`` stands for no more.
 
     Args:
@@ -88,7 +88,7 @@ def chosen(forward: Callable[..., Any], ids: Tensor, trie: Trie, end: int | None
 
 
 def late(
-    forward: Callable[..., Any],
+    forward: Callable[..., DecoderOutput],
     tokenizer: PreTrainedTokenizerBase,
     ids: Tensor,
     tokens: int,
@@ -118,7 +118,7 @@ def late(
     return str(tokenizer.decode(new, skip_special_tokens=True)).partition(mark)[0]
 
 
-def _rest(forward: Callable[..., Any], ids: Tensor, closing: Sequence[int]) -> float:
+def _rest(forward: Callable[..., DecoderOutput], ids: Tensor, closing: Sequence[int]) -> float:
     """Return the log probability of all tokens of ``closing`` but the first, which stands behind ``ids``."""
     given = torch.cat([ids, ids.new_tensor([closing[:-1]])], 1)
     scores = forward(input_ids=given).logits[0, 1 - len(closing) :].float().log_softmax(-1)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from attrs import define
 from torch import Tensor
+from transformers import Cache
 
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.hf.model.installed import Decoder, WrappedModel
-from mplus.hf.reading.arguments import ReadArguments, check_spelling
-from mplus.hf.reading.caches import check_cache
+from mplus.hf.reading.arguments import GivenArguments, ReadArguments, check_spelling
+from mplus.hf.reading.caches import check_cache, keep_reading
 from mplus.hf.reading.forward import arguments_of, check_memory
 from mplus.hf.reading.generating import is_generating
 from mplus.hf.reading.inputs import by_name, signature_of
-from mplus.hf.retrofit.context import Output
+from mplus.hf.reading.reading import report_sources
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.reading import TextReading, read, recall, refuse_for_text
+from mplus.hf.types import Argument, DecoderOutput, ForwardArguments, Output
 from mplus.memory.memory import Memory
 
 CACHES = ("past_key_values", "cache_params")
@@ -26,7 +28,11 @@ CACHES = ("past_key_values", "cache_params")
 
 
 def forward_with_text(
-    model: WrappedModel, base: type[Decoder], asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: WrappedModel,
+    base: type[Decoder],
+    asked: GivenArguments,
+    args: tuple[Argument, ...],
+    kwargs: dict[str, Argument],
 ) -> Output:
     """Run ``base.forward`` with what a memory recalls: that of the call, or of ``model.reading``.
 
@@ -51,7 +57,7 @@ def forward_with_text(
     arguments = arguments_of(model, asked)
     if arguments is None or arguments.memory is None:
         for cache in filter(None, map(kwargs.get, CACHES)):
-            check_cache(cache, None, arguments is not None and arguments.reuse_memory_cache)
+            check_cache(cast("Cache", cache), None, arguments is not None and arguments.reuse_memory_cache)
         return forward(model, *args, **kwargs)
     return _Forward(model, base, by_name(base, args, kwargs)).read(arguments, arguments.memory)
 
@@ -68,7 +74,7 @@ class _Forward:
 
     model: WrappedModel
     base: type[Decoder]
-    inputs: dict[str, Any]
+    inputs: ForwardArguments
 
     @torch.compiler.disable  # what is recalled differs from call to call
     def read(self, arguments: ReadArguments, memory: Memory) -> Output:
@@ -92,25 +98,25 @@ class _Forward:
             )
         inputs["return_dict"] = True
         kept: TextReading | None = None
-        for cache in filter(None, map(inputs.get, CACHES)):
+        for cache in filter(None, (inputs.get("past_key_values"), inputs.get("cache_params"))):
             kept = cast("TextReading | None", check_cache(cache, memory, arguments.reuse_memory_cache))
         reading = kept or read(memory, len(ids))
         if kept is not None:
-            output = self._go_on(reading)
+            output = self._go_on(reading, ids.shape[1])
         else:
-            mask = inputs.get("attention_mask")
+            mask = self._mask
             if mask is not None and mask.shape != ids.shape:
                 raise InputError(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
             recall(engine, reading, ids, mask, arguments)
             output = self._begin(reading)
         reading.columns += ids.shape[1] + (0 if kept or reading.spliced is None else reading.spliced.width)
         for holder in filter(None, (getattr(output, name, None) for name in CACHES)):
-            holder._mplus_reading = reading
+            keep_reading(holder, reading)
         if arguments.output_sources:
-            output.memory_sources = reading.sources()
+            report_sources(output, reading.sources())
         return output if as_dict else output.to_tuple()
 
-    def _begin(self, reading: TextReading) -> Any:  # what decoders return has no common type
+    def _begin(self, reading: TextReading) -> DecoderOutput:
         """Run the forward that recalled text is put into."""
         inputs, spliced = self.inputs, reading.spliced
         if spliced is None:
@@ -122,7 +128,7 @@ class _Forward:
         positions = inputs.pop("position_ids", None)
         if "position_ids" in signature_of(self.base.forward).parameters:
             if positions is None and spliced.mask is not None:
-                mask = inputs.get("attention_mask")
+                mask = self._mask
                 mask = torch.ones_like(spliced.kept) if mask is None else mask
                 positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
             if positions is not None:
@@ -131,7 +137,7 @@ class _Forward:
         if labels is not None:
             moved = labels.new_full(spliced.ids.shape, -100)
             inputs["labels"] = moved.scatter(1, spliced.kept, labels)
-        inputs.update(input_ids=spliced.ids, attention_mask=spliced.mask)
+        inputs["input_ids"], inputs["attention_mask"] = spliced.ids, spliced.mask
         output = self.base.forward(self.model, **inputs)
         kept = spliced.kept if isinstance(last, Tensor) or not last else spliced.kept[:, -last:]
         output.logits = _columns(output.logits, kept if not isinstance(last, Tensor) else kept[:, last])
@@ -139,12 +145,11 @@ class _Forward:
             output.hidden_states = tuple(_columns(one, spliced.kept) for one in output.hidden_states)
         return output
 
-    def _go_on(self, reading: TextReading) -> Any:
-        """Run a forward behind a cache, in which the recalled text is."""
+    def _go_on(self, reading: TextReading, tokens: int) -> DecoderOutput:
+        """Run a forward of so many tokens behind a cache, in which the recalled text is."""
         inputs, spliced = self.inputs, reading.spliced
         if spliced is not None:
-            tokens = inputs["input_ids"].shape[1]
-            mask = inputs.get("attention_mask")
+            mask, positions = self._mask, inputs.get("position_ids")
             if mask is not None:
                 past = spliced.kept.shape[1]
                 first = torch.ones_like(spliced.ids) if spliced.mask is None else spliced.mask
@@ -154,11 +159,16 @@ class _Forward:
                 mask = torch.cat([spliced.mask, spliced.mask.new_ones(len(spliced.mask), behind)], 1)
             if mask is not None:
                 inputs["attention_mask"] = mask
-            if inputs.get("position_ids") is not None:
-                inputs["position_ids"] = inputs["position_ids"] + spliced.inserted[:, None]
+            if positions is not None:
+                inputs["position_ids"] = positions + spliced.inserted[:, None]
             elif mask is not None and "position_ids" in signature_of(self.base.forward).parameters:
                 inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
         return self.base.forward(self.model, **inputs)
+
+    @property
+    def _mask(self) -> Tensor | None:
+        # Not one as attention takes it: those that generation makes for a static cache do not come here.
+        return cast("Tensor | None", self.inputs.get("attention_mask"))
 
     def _per_token(self, rows: int, tokens: int) -> list[str]:
         """Return the names of further arguments that have a value for each token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from attrs import define, field
@@ -14,14 +14,18 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mplus.errors import InputError, NotSupported
+from mplus.hf.reading.arguments import Given
+from mplus.hf.reading.caches import keep_reading
 from mplus.hf.reading.forward import check_memory
 from mplus.hf.reading.generating import generate_in, is_generating
 from mplus.hf.reading.generation import GenerateCall, refuse
 from mplus.hf.reading.inputs import signature_of
-from mplus.hf.text.calls import Continuation, refuse_for_calls
+from mplus.hf.reading.reading import report_sources
+from mplus.hf.text.calls import Continuation, Pieces, refuse_for_calls
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.places import Spliced
 from mplus.hf.text.reading import TextReading, read, recall, refuse_for_text
+from mplus.hf.types import Argument, Generated
 
 USUAL = 20
 """Tokens that transformers generates where no number is given."""
@@ -35,14 +39,14 @@ def generate_with_text(
     model: PreTrainedModel,
     engine: TextEngine,
     base: type,
-    own: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Any:
+    own: Mapping[str, Given],
+    args: tuple[Argument, ...],
+    kwargs: Mapping[str, Argument],
+) -> Generated:
     """Generate as ``TextMemoryModel.generate`` describes; arguments as of ``mplus.hf.reading.generation.generate``."""
     call = GenerateCall.of(model, base, own, args, kwargs)
     arguments = call.read_arguments(engine.readings)
-    base_generate: Callable[..., Any] = partial(base.generate, model)  # type: ignore[attr-defined]
+    base_generate: Callable[..., Generated] = partial(base.generate, model)  # type: ignore[attr-defined]
     if arguments.memory is None or is_generating(model):
         return base_generate(*args, **kwargs)
     check_memory(engine, arguments.memory)
@@ -56,24 +60,24 @@ def generate_with_text(
     calls = engine.mechanism.opens is not None and any(map(len, reading.states))
     if calls:
         refuse_for_calls(call)
-    new = call["max_new_tokens"]
+    new, longest = call.number("max_new_tokens"), call.number("max_length")
     if new is None:
-        new = USUAL if call["max_length"] is None else max(int(call["max_length"]) - ids.shape[1], 1)
+        new = USUAL if longest is None else max(int(longest) - ids.shape[1], 1)
     recall(engine, reading, ids, mask, arguments, int(new), together=not calls)
     settings = {name: value for name, value in named.items() if name not in PROMPT}
     generation = _Generation(call, reading, partial(generate_in, model, None, base_generate), ids, settings)
     if calls:
-        output: Any = generation.with_calls(engine, mask, int(new))
+        output: Generated = generation.with_calls(engine, mask, int(new))
     elif reading.spliced is not None:
         output = generation.with_recalled(reading.spliced)
     else:
         output = generation.generate(*args, **kwargs)
     if arguments.output_sources:
-        output.memory_sources = reading.sources()
+        report_sources(output, reading.sources())
     return output
 
 
-def _prompts(call: GenerateCall, named: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+def _prompts(call: GenerateCall, named: Mapping[str, Argument]) -> tuple[Tensor, Tensor | None]:
     """Return ids ``[B, T]`` of the prompts, and their mask as transformers would make it.
 
     Raises:
@@ -91,8 +95,8 @@ def _prompts(call: GenerateCall, named: Mapping[str, Any]) -> tuple[Tensor, Tens
             "generate with a memory of text begins with the whole prompt, into which recalled text goes: leave out the "
             "cache, and pass the text so far as the prompt"
         )
-    mask = named.get("attention_mask")
-    padding, ends = call["pad_token_id"], call["eos_token_id"]
+    mask = cast("Tensor | None", named.get("attention_mask"))
+    padding, ends = call.number("pad_token_id"), call["eos_token_id"]
     if mask is None and padding is not None and padding not in (ends if isinstance(ends, list) else [ends]):
         mask = None if bool((ids != padding).all()) else (ids != padding).long()
     if mask is not None and mask.shape != ids.shape:
@@ -114,40 +118,43 @@ class _Generation:
 
     call: GenerateCall
     reading: TextReading
-    generate: Callable[..., Any]
+    generate: Callable[..., Generated]
     ids: Tensor
-    settings: dict[str, Any]
+    settings: dict[str, Argument]
 
-    def with_recalled(self, spliced: Spliced) -> Any:
+    def with_recalled(self, spliced: Spliced) -> Generated:
         """Generate behind prompts with recalled text in them, and put the prompts alone in front of the result."""
         settings, ids = self.settings, self.ids
         for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            if self.call[name] and self.call[instead] is None:
-                settings[name] = int(self.call[name]) + spliced.width
+            limit = self.call.number(name)
+            if limit and self.call[instead] is None:
+                settings[name] = int(limit) + spliced.width
         if settings.get("streamer") is not None:
-            settings["streamer"] = _WithoutRecalled(settings["streamer"], ids)
+            settings["streamer"] = _WithoutRecalled(cast("BaseStreamer", settings["streamer"]), ids)
         output = self.generate(spliced.ids, attention_mask=spliced.mask, **settings)
         sequences = output if isinstance(output, Tensor) else output.sequences
         prompts = ids.repeat_interleave(len(sequences) // len(ids), 0)
-        sequences = torch.cat([prompts, sequences[:, spliced.ids.shape[1] :]], 1)
+        whole = torch.cat([prompts, sequences[:, spliced.ids.shape[1] :]], 1)
         if isinstance(output, Tensor):
-            return sequences
-        output.sequences = sequences
-        if getattr(output, "past_key_values", None) is not None:
-            output.past_key_values._mplus_reading = self.reading
+            return whole
+        output.sequences = cast("torch.LongTensor", whole)
+        if output.past_key_values is not None:
+            keep_reading(output.past_key_values, self.reading)
         return output
 
     def with_calls(self, engine: TextEngine, mask: Tensor | None, new: int) -> Tensor | GenerateDecoderOnlyOutput:
         """Generate up to ``new`` tokens, prompt by prompt, since calls come at different times."""
         ids, reading, settings = self.ids, self.reading, self.settings
-        pieces = {name: settings.pop(name, None) for name in ("logits_processor", "stopping_criteria")}
-        generate = partial(self.generate, **{name: value for name, value in settings.items() if name not in PIECES})
+        pieces = cast("Pieces", {name: settings.pop(name, None) for name in ("logits_processor", "stopping_criteria")})
+        generate: Callable[..., Generated] = partial(
+            self.generate, **{name: value for name, value in settings.items() if name not in PIECES}
+        )
         whole, found = reading.spliced, []
         work, seen = (ids, mask) if whole is None else (whole.ids, whole.mask)
         for row, prompt in enumerate(work):
             context = (prompt if seen is None else prompt[seen[row].bool()]).tolist()
             found.append(Continuation(engine, reading, row, generate, context, new, pieces).run())
-        longest, padding = max(map(len, found)), self.call["pad_token_id"]
+        longest, padding = max(map(len, found)), self.call.number("pad_token_id")
         filler = (reading.tokenizer.pad_token_id if padding is None else padding) or 0
         rows = ids.new_tensor([[*row, *[filler] * (longest - len(row))] for row in found])
         sequences = torch.cat([ids, rows.view(len(ids), longest)], 1)

@@ -15,6 +15,7 @@ from mplus.hf.model.sizes import chosen
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.forward import forward_with_text
 from mplus.hf.text.generation import generate_with_text
+from mplus.hf.types import Argument
 from mplus.memory.memory import Memory
 from mplus.memory.sources.clock import Clock
 from mplus.memory.transaction import Streams
@@ -103,7 +104,7 @@ class TextMemoryModel(MemoryModel):
 
     def generate(
         self,
-        *args: Any,
+        *args: Argument,
         memory: Memory | None = None,
         query_tokens: int | Sequence[int] | None = None,
         retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
@@ -111,8 +112,8 @@ class TextMemoryModel(MemoryModel):
         retrieve_every: int | None = None,
         output_sources: bool | None = None,
         reuse_memory_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: Argument,
+    ) -> Any:  # as of ``MemoryModel.generate``
         """Generate as the decoder does, with what ``memory`` recalls in front of each prompt.
 
         What comes back is the prompts as they were given and the text behind them; recalled text, calls of the decoder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from attrs import define, evolve, field
@@ -48,7 +48,7 @@ class TextReading:
         """Return whether ``memory`` is still in the state this reading was taken in."""
         return self.memory is memory and self.version == memory.version
 
-    def __deepcopy__(self, memo: Any) -> TextReading:
+    def __deepcopy__(self, memo: dict[int, TextReading]) -> TextReading:
         """Return a reading of the same memory: copying a cache must not copy memory and model with it."""
         return evolve(self, recalled=[list(found) for found in self.recalled])
 

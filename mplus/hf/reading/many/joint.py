@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from attrs import define
+from transformers import PreTrainedTokenizerBase
 
 from mplus.errors import InputError, MemoryMismatchError, MPlusError, NotSupported, ReadTogetherError
 from mplus.hf.adapters.weights import Look
@@ -71,7 +72,7 @@ def read_many(engine: DecoderEngine, memories: Sequence[Memory]) -> Reading:
         prepared=together,
         look=look,
         memories=memories,
-        tokenizer=memories[0].tokenizer,
+        tokenizer=cast("PreTrainedTokenizerBase | None", memories[0].tokenizer),
         versions=[one.version for one in taken],
     )
 
