@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from attrs import define, field
 from torch import Tensor, nn
@@ -83,10 +83,11 @@ def adapter_parts(module: PeftModule) -> dict[str, list[tuple[str, Tensor]]]:
     return parts
 
 
-def _entries(module: PeftModule) -> Iterator[tuple[str, str, Any]]:
+def _entries(module: PeftModule) -> Iterator[tuple[str, str, nn.Module | Tensor | bool | float | str]]:
     """Yield the entries of PEFT's tables by adapter: attribute, adapter, and a module, tensor or setting."""
     for attribute in (*module.adapter_layer_names, *module.other_param_names):
-        # An attribute with a dot in its name belongs to a layer inside, which comes by itself.
-        table: Any = None if "." in attribute else getattr(module, attribute, None)
+        if "." in attribute:  # it belongs to a layer inside, which comes by itself
+            continue
+        table: nn.ModuleDict | Mapping[str, bool | float | str] = getattr(module, attribute, {})
         for name in list(table.keys()) if hasattr(table, "keys") else ():
             yield attribute, name, table[name]

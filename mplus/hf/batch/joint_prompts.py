@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from mplus.errors import ReadTogetherError
 from mplus.hf.batch.prompts import ReadPrompt, read_alone, read_together
@@ -46,7 +46,7 @@ def _sorted(
     engine: DecoderEngine, requests: Sequence[RowRequest], found: dict[int, Found]
 ) -> tuple[list[int], list[list[int]]]:
     """Return places of requests that are read alone, and of those read together; errors go to ``found``."""
-    alone, kinds = [], dict[object, list[int]]()
+    alone, kinds = [], dict[Hashable, list[int]]()
     for place, request in enumerate(requests):
         try:
             kind = _kind(engine, request)
@@ -62,7 +62,7 @@ def _sorted(
     return alone + [part[0] for part in packed if len(part) == 1], [part for part in packed if len(part) > 1]
 
 
-def _kind(engine: DecoderEngine, request: RowRequest) -> object:
+def _kind(engine: DecoderEngine, request: RowRequest) -> Hashable:
     """Return what is equal in requests that one forward can read, as far as they say it; None: in no two."""
     asked = (request.min_score, request.query_tokens is None, request.retrieval_query is None)
     if request.memory is None and request.retrieve_every is None:

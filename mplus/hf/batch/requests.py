@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 from attrs import define, field
 from torch import Tensor
@@ -14,10 +14,10 @@ from mplus.hf.reading.reading import RetrievedSource
 from mplus.memory.memory import Memory
 
 
-def _ids(value: Any) -> Any:
-    value = value.tolist() if isinstance(value, Tensor) else value
+def _ids(value: Sequence[int] | Sequence[list[int]] | Tensor) -> tuple[int, ...]:
+    ids: Sequence[int] | Sequence[list[int]] = value.tolist() if isinstance(value, Tensor) else value
     # A prompt is often [1, T] with transformers.
-    return tuple(value[0]) if len(value) == 1 and isinstance(value[0], list) else tuple(value)
+    return tuple(cast("Sequence[int]", ids[0] if len(ids) == 1 and isinstance(ids[0], list) else ids))
 
 
 @define(frozen=True, eq=False)

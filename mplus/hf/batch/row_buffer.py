@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from attrs import define
@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from mplus.hf.batch.requests import Row
+from mplus.hf.types import Argument
 
 COLUMNS = 64
 """The least number of columns that a buffer grows by."""
@@ -77,7 +78,9 @@ class RowLayer(CacheLayerMixin):
         for kept in (self.keys, self.values):
             kept[to, :, :columns] = kept[place, :, :columns]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Argument, **kwargs: Argument
+    ) -> tuple[Tensor, Tensor]:
         """Write one token per row, ``[B, Hkv, 1, D]``; return all columns that any row has, ``[B, Hkv, S, D]``."""
         front = self.front
         found = []

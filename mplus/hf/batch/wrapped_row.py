@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attrs import define, field
@@ -13,6 +13,7 @@ from transformers import Cache
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.reading.generating import generate_in
 from mplus.hf.reading.reading import Reading
+from mplus.hf.types import Argument
 
 
 @define(eq=False)
@@ -28,12 +29,12 @@ class WrappedText:
     model: WrappedModel
     reading: Reading | None
     ids: Tensor = field(factory=lambda: torch.empty(1, 0, dtype=torch.int64))
-    _inputs: dict[str, Any] = field(factory=lambda: {"use_cache": True})
+    _inputs: dict[str, Argument] = field(factory=lambda: {"use_cache": True})
 
     @property
     def cache(self) -> Cache | None:
         """The key/value cache; None where the decoder keeps what it needs of a text in something else."""
-        return self._inputs.get("past_key_values")
+        return cast("Cache | None", self._inputs.get("past_key_values"))
 
     @torch.no_grad()
     def read(self, new: Tensor) -> Tensor:

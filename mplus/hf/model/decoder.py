@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from attrs import define, evolve
@@ -22,6 +22,7 @@ from mplus.hf.retrofit.placement import Placement
 from mplus.hf.retrofit.positions import Rotation
 from mplus.hf.retrofit.projection import rotation_of
 from mplus.hf.text.ask import ask
+from mplus.hf.types import DecoderOutput
 from mplus.mechanisms.decoder import (
     Adapter,
     Attended,
@@ -110,9 +111,8 @@ class WrappedDecoder:
         self, tokenizer: Tokenizer, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = ()
     ) -> str:
         self._engine.check_wrapped()
-        model: Any = self._engine.model
         known = cast("PreTrainedTokenizerBase", tokenizer)
-        return ask(model, type(model).__mplus_base__, known, prompt, tokens, stop, choices)
+        return ask(self._engine.model, known, prompt, tokens, stop, choices)
 
     @torch.compiler.disable  # as for reading
     def run(
@@ -147,7 +147,10 @@ class WrappedDecoder:
                 mask = real.long()
         elif positions is None and offset:
             positions = torch.arange(offset, offset + tokens, device=text.device)
-        inputs: dict[str, Any] = {"input_ids" if text.dim() == 2 else "inputs_embeds": text, "use_cache": False}
+        inputs: dict[str, Tensor | bool | int] = {
+            "input_ids" if text.dim() == 2 else "inputs_embeds": text,
+            "use_cache": False,
+        }
         most = engine.shape.max_positions if engine.shape.positions == "learned" else None
         if positions is not None and most is not None and int(positions.max()) >= most:
             raise InputError(
@@ -165,7 +168,7 @@ class WrappedDecoder:
         named = None if adapter is None else engine.adapter(adapter)
         active = Pass(source, named, edit, collection, finish, text_offset, placement)
         if "logits" not in names:
-            output: Any = run_in(active, engine.retrofit.anatomy.decoder, **inputs)
+            output: DecoderOutput = run_in(active, engine.retrofit.anatomy.decoder, **inputs)
             return self._result(collection.result(output.last_hidden_state), names)
         if logits_to_keep:
             inputs["logits_to_keep"] = logits_to_keep

@@ -258,7 +258,7 @@ class DecoderEngine:
         return self.mechanism.write(self.decoder, views, text)
 
     @torch.no_grad()
-    def search(self, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
+    def search(self, view: StreamView, text: str, k: int, tokenizer: Tokenizer | None) -> list[FoundText]:
         """Let the mechanism say what ``text`` would bring back; see ``Engine.search``."""
         self.check_wrapped()
         return self.mechanism.search(self.decoder, view, text, k, tokenizer)

@@ -19,7 +19,8 @@ from mplus.hf.model.installed import WrappedModel
 from mplus.hf.pretrained.peft_folders import DESCRIPTION, MEMORY, add_to_card, describe_adapters
 from mplus.hf.pretrained.save import WEIGHTS, PushToHub, load_additions
 from mplus.hf.reading.caches import mark_learned
-from mplus.hf.retrofit.context import Output, subclass
+from mplus.hf.retrofit.context import subclass
+from mplus.hf.types import Argument, Output
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -93,8 +94,8 @@ def peft_model_class(base: type[PeftModel]) -> type:
     signature = inspect.signature(base.forward)
 
     @functools.wraps(base.forward)
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Output:
-        cache = kwargs.get("past_key_values")
+    def forward(self: PeftModel, *args: Argument, **kwargs: Argument) -> Output:
+        cache = cast("Cache | None", kwargs.get("past_key_values"))
         reads = kwargs.get("memory") is not None or getattr(cache, "_mplus_reading", None) is not None
         if reads and self.active_peft_config.is_prompt_learning and cache is not None and cache.get_seq_length():
             return _go_on(self, cache, signature.bind_partial(self, *args, **kwargs))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mplus.hf.retrofit.attention import ModuleCall
 from mplus.hf.retrofit.discovery import Anatomy
+from mplus.hf.types import Argument
 
 DRAWS = 3
 """Forwards with rounding errors of their own; of what they show the median counts."""
@@ -86,8 +87,10 @@ def measure_noise(anatomy: Anatomy, run: Callable[[], Tensor], dtype: torch.dtyp
     generator = torch.Generator().manual_seed(0)
     size = unit(dtype)
 
-    def rounded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+    def rounded(
+        module: nn.Module, args: tuple[Argument, ...], kwargs: dict[str, Argument]
+    ) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
+        hidden = ModuleCall(args, kwargs).hidden
         signs = torch.randint(0, 2, hidden.shape, generator=generator).to(hidden) * 2 - 1
         moved = hidden * (1 + size * signs)
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ParamSpec, cast
+from typing import ParamSpec, cast
 
 import torch
 from attrs import define, evolve
@@ -238,13 +238,13 @@ class _Checks:
         padded = torch.cat([self.ids[:, :3], short], 1)
         mask = torch.ones_like(padded)
         mask[:, :3] = 0
-        inputs: dict[str, Any] = {
+        inputs = {
             "input_ids": torch.cat([self.ids, padded]),
             "attention_mask": torch.cat([torch.ones_like(mask), mask]),
         }
         if not memory:
             inputs.update(self.engine.padded_positions(inputs["attention_mask"]))
-        padded_row = [found[1:, 3:] for found in self._read(2, memory, **inputs)]
+        padded_row = [found[1:, 3:] for found in self._read(2, memory, None, **inputs)]
         return token_errors(padded_row, self._read(memory=memory, input_ids=short))
 
     def _unless_inconsistent(self, compare: Callable[[bool], Tensor], what: str) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from attrs import define, evolve
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -88,9 +87,18 @@ def known_positions(config: PreTrainedConfig) -> int | None:
     return max(known, int(factor * (scaling.get("original_max_position_embeddings") or known)))
 
 
-def _rotary(config: PreTrainedConfig) -> Mapping[str, Any]:
+class RotarySettings(TypedDict, total=False):
+    """The settings of a rotary embedding that are looked at here, as transformers names them."""
+
+    rope_type: str
+    factor: float | None
+    original_max_position_embeddings: int | None
+
+
+def _rotary(config: PreTrainedConfig) -> RotarySettings:
     """Return the rotary embedding's settings; {}: it has none."""
-    return getattr(config, "rope_parameters", None) or {}
+    settings: RotarySettings | None = getattr(config, "rope_parameters", None)
+    return settings or {}
 
 
 def resolve(config: MPlusConfig, room: Room, stacklevel: int = 2) -> MPlusConfig:

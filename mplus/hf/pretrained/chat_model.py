@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mplus.config import MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
@@ -21,7 +21,7 @@ PIECES = {"kv": "retrieved_chunks", "notes": "passages"}
 """Mechanisms that bring back pieces of text, and their options for how many."""
 
 
-def load_chat_model(name: str = SMOLLM2) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_chat_model(name: str = SMOLLM2) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a decoder in eval mode, with its memory if it was saved with one, and its tokenizer.
 
     Args:
@@ -48,7 +48,7 @@ def load_chat_model(name: str = SMOLLM2) -> tuple[Any, PreTrainedTokenizerBase]:
         raise CheckpointError(f"{name} cannot be loaded as a decoder with its tokenizer ({first}). {WAYS}") from error
 
 
-def with_memory(decoder: Any, mechanism: str | None = None, pieces: int | None = None) -> Any:
+def with_memory(decoder: PreTrainedModel, mechanism: str | None = None, pieces: int | None = None) -> Any:
     """Return a decoder wrapped for a mechanism; one that was saved with a memory stays as it is.
 
     Args:

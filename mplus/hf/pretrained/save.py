@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -186,8 +186,7 @@ def load_calibrations(model: nn.Module, folder: Path) -> None:
         known = load_file(folder / CALIBRATIONS)
     except SafetensorError as error:
         raise CheckpointError(f"{folder / CALIBRATIONS} must be a whole safetensors file: {error}") from error
-    decoder: Any = decoder_inside(model)
-    decoder.mplus_engine.mechanism.take_calibrations(known)
+    cast("WrappedModel", decoder_inside(model)).mplus_engine.mechanism.take_calibrations(known)
 
 
 def _check_can_save_base(model: WrappedModel, state_dict: Mapping[str, Tensor] | None) -> None:

@@ -43,7 +43,7 @@ def smollm2_mplus_folder() -> Path:
     return cache_folder() / "smollm2-mplus"
 
 
-def get_smollm2(progress: Progress | None = None, step: Callable[[str], object] = lambda _: None) -> Path:
+def get_smollm2(progress: Progress | None = None, step: Callable[[str], None] = lambda _: None) -> Path:
     """Return the folder of SmolLM2-135M-Instruct in float32, for ``from_pretrained``; download it where it is missing.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack, cast
 
 import torch
 from attrs import define, evolve, field
@@ -23,6 +23,7 @@ from mplus.errors import NotSupported
 from mplus.hf.retrofit.memory_cache import MemoryInCache
 from mplus.hf.retrofit.observed import Weighted, current_observer
 from mplus.hf.retrofit.placement import Placement
+from mplus.hf.types import Argument
 from mplus.mechanisms.decoder import Attend
 
 logger = logging.getLogger(__name__)
@@ -43,14 +44,14 @@ class ModuleCall:
         args, kwargs: as the decoder passes them.
     """
 
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(factory=dict)
+    args: tuple[Argument, ...] = ()
+    kwargs: dict[str, Argument] = field(factory=dict)
 
     @property
     def hidden(self) -> Tensor:
         """Return the hidden states ``[B, T, d]``: the argument of this name, else the first one."""
-        hidden: Tensor = self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
-        return hidden
+        hidden = self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
+        return cast("Tensor", hidden)
 
 
 class Captured(Exception):
@@ -110,6 +111,18 @@ class AttendedMemory:
         return self.chooser.choose(request).attend(request)
 
 
+class AttentionOptions(TypedDict, total=False):
+    """The keyword arguments of transformers' attention functions that a memory goes by; decoders pass others too."""
+
+    scaling: float | None
+    sliding_window: int | None
+    softcap: float | None
+    s_aux: Tensor | None
+    dropout: float
+    position_bias: Tensor | None
+    cache: Cache | None
+
+
 def register() -> None:
     """Register ``mplus_eager`` and ``mplus_sdpa`` with their mask functions; harmless when done before."""
     for base in BASES:
@@ -125,9 +138,9 @@ def _with_memory(base: str) -> Callable[..., Weighted]:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        *args: Any,
+        *args: Argument,
         mplus_memory: AttendedMemory | Literal["capture"] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[AttentionOptions],
     ) -> Weighted:
         if isinstance(mplus_memory, str):
             # An exception is the only way out of a module that nothing is known of but that it attends.
@@ -156,7 +169,7 @@ def _attend(
     mask: Tensor | None,
     memory: AttendedMemory,
     need_weights: bool,
-    kwargs: dict[str, Any],
+    kwargs: AttentionOptions,
 ) -> Weighted:
     if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         which = "position_bias" if kwargs.get("position_bias") is not None else "cache (paged attention)"

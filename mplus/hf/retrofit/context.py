@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, SupportsIndex, TypeVar
 
 from attrs import define, field
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
 from mplus.backends.base import Segment
 from mplus.hf.retrofit.attention import ModuleCall
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.placement import Placement
+from mplus.hf.types import Argument, Output
 from mplus.mechanisms.decoder import Attended, Collected, Edit, Finish, PassResult, Project
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ else:
 
 T = TypeVar("T")
 P = ParamSpec("P")
-Output = ModelOutput | tuple[Tensor, ...]
-"""What a forward of a decoder returns; a tuple with ``return_dict=False``."""
 
 
 class PrefixSource(Protocol):
@@ -160,7 +158,7 @@ class MemoryLayer(Layer):
 
     _mplus_memory_index: int | None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+    def __call__(self, *args: Argument, **kwargs: Argument) -> Tensor | tuple[Tensor, ...]:
         # Outside gradient checkpointing: what is added and collected here is part of the recorded graph.
         active = current_pass()
         if active is None:
@@ -171,7 +169,7 @@ class MemoryLayer(Layer):
             pause()
         index, collection, edit = self.__dict__["_mplus_memory_index"], active.collection, active.edit
         if edit is not None or collection is not None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = ModuleCall(args, kwargs).hidden
             if edit is not None and index is not None:
                 hidden = edit(index, hidden)
                 if args:
@@ -187,7 +185,9 @@ class MemoryLayer(Layer):
             collection.left(index, output[0] if isinstance(output, tuple) else output)
         return output
 
-    def forward(self, *args: Any, mplus_pass: Pass | None = None, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+    def forward(
+        self, *args: Argument, mplus_pass: Pass | None = None, **kwargs: Argument
+    ) -> Tensor | tuple[Tensor, ...]:
         # Inside it: a recomputation comes after the pass, maybe in another thread, so the pass travels as an argument.
         # In the thread that runs the pass it is set already; only a recomputation has to set it again.
         forward: Callable[..., Tensor | tuple[Tensor, ...]] = super().forward
@@ -209,6 +209,10 @@ def drop_memory(layer: nn.Module) -> None:
 
 
 _SUBCLASSES: dict[tuple[type, type], type] = {}
+Reduced = tuple[
+    Callable[[Callable[[type], type], type], nn.Module], tuple[Callable[[type], type], type], Mapping[str, nn.Module]
+]
+"""What pickle makes a module of again: a function, its arguments, and the module's ``__dict__``."""
 
 
 def subclass(
@@ -227,7 +231,7 @@ def subclass(
     if (base, mixin) not in _SUBCLASSES:
         maker = partial(subclass, mixin=mixin) if make is None else make
 
-        def reduce(instance: Layer, protocol: SupportsIndex) -> tuple[Any, ...]:
+        def reduce(instance: Layer, protocol: SupportsIndex) -> Reduced:
             return rebuild, (maker, base), instance.__dict__
 
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__mplus_base__": base}

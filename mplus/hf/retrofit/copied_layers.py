@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
 
 import torch
 from attrs import define, evolve
@@ -20,6 +19,7 @@ from mplus.hf.retrofit.context import MemoryLayer, Pass, PrefixSource, drop_memo
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import AttentionHook, Retrofit
 from mplus.hf.retrofit.positions import rotary_at
+from mplus.hf.types import Argument
 from mplus.mechanisms.copied_layers import Attending, CopiedLayer
 from mplus.mechanisms.decoder import Attended, Project
 from mplus.mechanisms.opened import TokenTensors
@@ -59,9 +59,8 @@ class LayerCopy(CopiedLayer):
             kwargs["attention_mask"] = mask[..., : kept.tokens + hidden.shape[1]]
         source: PrefixSource = Nothing() if attending is None else _Attends(attending)
         # Not __call__: checkpointing of gradients would run the layer again outside of this pass.
-        made: Any = run_in(Pass(source, None), self.layer.forward, *args, **kwargs)
-        found: Tensor = made[0] if isinstance(made, tuple) else made
-        return found
+        output: Tensor | tuple[Tensor, ...] = run_in(Pass(source, None), self.layer.forward, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
     def unrotated(self, queries: Tensor, hidden: Tensor) -> Tensor:
         spec = self._spec
@@ -105,7 +104,7 @@ class _KeptText(Cache):
         return 0 if found is None else found.shape[1]
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int = 0, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int = 0, *args: Argument, **kwargs: Argument
     ) -> tuple[Tensor, Tensor]:
         new = (key_states, value_states)
         keys, values = (
@@ -154,7 +153,7 @@ class DecoderCopies:
     @torch.no_grad()
     def final_norm(self) -> nn.Module:
         root, layers = self.retrofit.anatomy.decoder, self.retrofit.anatomy.layers
-        ran: list[tuple[nn.Module, Any, Any]] = []
+        ran: list[tuple[nn.Module, tuple[Argument, ...], Tensor | tuple[Tensor, ...]]] = []
         watched = [layers[-1], *(child for child in root.children() if child is not layers)]
         handles = [one.register_forward_hook(lambda *found: ran.append(found)) for one in watched]
         try:
@@ -165,7 +164,7 @@ class DecoderCopies:
             for handle in handles:
                 handle.remove()
         chain: list[nn.Module] = []
-        state: Any = None
+        state: Argument = None
         for module, given, made in ran:
             if module is layers[-1]:
                 state, chain = made[0] if isinstance(made, tuple) else made, []
@@ -192,7 +191,7 @@ def _copied(module: nn.Module) -> nn.Module:
     return copy.requires_grad_(True)
 
 
-def _to(value: Any, like: Tensor) -> Any:
+def _to(value: Argument, like: Tensor) -> Argument:
     """Return ``value`` with floating tensors in the dtype of ``like``, tuples of them included."""
     if isinstance(value, tuple):
         return tuple(_to(one, like) for one in value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from attrs import define, field
@@ -16,6 +16,7 @@ from mplus.errors import NotSupported
 from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.offloading import input_device
 from mplus.hf.retrofit.attention import CaptureCache, Captured, ModuleCall
+from mplus.hf.types import Argument
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -99,11 +100,13 @@ class _Trace:
     made: dict[int, tuple[nn.Module, ModuleCall, Tensor]] = field(factory=dict)
     updates: dict[nn.Module, None] = field(factory=dict)
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, module: nn.Module, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> None:
         self.running.append(module)
         self.calls[module] = ModuleCall(args, kwargs)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Embeddings) -> None:
+    def after(
+        self, module: nn.Module, args: tuple[Argument, ...], kwargs: dict[str, Argument], output: Embeddings
+    ) -> None:
         call = ModuleCall(args, kwargs)
         self.running.pop()
         for tensor in output if isinstance(output, tuple | list) else (output,):
@@ -111,7 +114,7 @@ class _Trace:
                 # The tensor is kept so that its id stays its own.
                 self.made.setdefault(id(tensor), (module, call, tensor))
 
-    def maker(self, value: Embeddings | None) -> tuple[nn.Module, ModuleCall] | None:
+    def maker(self, value: Argument) -> tuple[nn.Module, ModuleCall] | None:
         """Return the module that made ``value`` (a tensor, or a tuple starting with one), and how it was called."""
         tensor = value[0] if isinstance(value, tuple | list) and value else value
         found = self.made.get(id(tensor)) if isinstance(tensor, Tensor) else None

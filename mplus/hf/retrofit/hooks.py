@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, Protocol, cast
 
 import torch
 from attrs import define, evolve
 from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
 
 from mplus.backends.base import Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
 from mplus.hf.retrofit.attention import CAPTURE, AttendedMemory, CaptureCache, Captured, ModuleCall
 from mplus.hf.retrofit.cache_view import MemoryCacheView, mask_with_memory
-from mplus.hf.retrofit.context import Collection, Output, Pass, current_pass
+from mplus.hf.retrofit.context import Collection, Pass, current_pass
 from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec, Embeddings
 from mplus.hf.retrofit.memory_cache import memory_in_cache
 from mplus.hf.retrofit.observed import current_observer
 from mplus.hf.retrofit.positions import MemoryPositions, rotary_at
+from mplus.hf.types import Argument, Output
 from mplus.mechanisms.decoder import Attended, Rows
 
 Technique = Literal["attention", "cache_view"]
-Arguments = dict[str, AttendedMemory | MemoryCacheView | Tensor | None]
-"""Keyword arguments of an attention module that are about memory."""
+Change = AttendedMemory | MemoryCacheView | Tensor | None
+"""A keyword argument of an attention module that is about memory."""
+
+
+class _WithAlibi(Protocol):
+    config: PreTrainedConfig
+
+    def build_alibi_tensor(self, attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor: ...
 
 
 @define(eq=False)
@@ -87,7 +95,7 @@ class Retrofit:
         else:
             kwargs[spec.cache_keyword] = CaptureCache()
             if kwargs.get("alibi") is not None:
-                kwargs["alibi"] = kwargs["alibi"][..., :1]
+                kwargs["alibi"] = cast("Tensor", kwargs["alibi"])[..., :1]
         try:
             spec.attention.forward(*args, **kwargs)  # not __call__: the hook below is for text
         except Captured as captured:
@@ -106,7 +114,7 @@ class Retrofit:
 
     def alibi_with_memory(self, alibi: Tensor, memory: Segment) -> Tensor:
         """Extend ``[B*H, 1, S]`` ALiBi biases over ``[memory | text]``; slope times position, per head."""
-        decoder: Any = self.anatomy.decoder
+        decoder = cast("_WithAlibi", self.anatomy.decoder)
         heads = decoder.config.num_attention_heads
         # Slopes are no attribute of the decoder: they are the difference of the biases of two neighbours.
         two = decoder.build_alibi_tensor(torch.ones(1, 2, dtype=torch.int64, device=alibi.device), heads, alibi.dtype)
@@ -126,12 +134,14 @@ class AttentionHook:
         self.retrofit = retrofit
         self.spec = spec
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Argument, ...], kwargs: dict[str, Argument]
+    ) -> tuple[tuple[Argument, ...], dict[str, Argument | Change]] | None:
         active = current_pass()
         changed = None if active is None else self._observed(active, ModuleCall(args, kwargs))
         return None if changed is None else (args, {**kwargs, **changed})
 
-    def _observed(self, active: Pass, call: ModuleCall) -> Arguments | None:
+    def _observed(self, active: Pass, call: ModuleCall) -> dict[str, Change] | None:
         # Where no attention function of ours is reached, no observer could stand in for attention either.
         observer = current_observer() if self.retrofit.technique == "attention" else None
         if observer is None:
@@ -139,7 +149,7 @@ class AttentionHook:
         return observer.prefix(lambda: self._with_memory(active, call))
 
     @torch.compiler.disable  # projecting ends in an exception, which it cannot follow
-    def _with_memory(self, active: Pass, call: ModuleCall) -> Arguments | None:
+    def _with_memory(self, active: Pass, call: ModuleCall) -> dict[str, Change] | None:
         """Return the keyword arguments that attention gets besides its own, or in their place; None: none."""
         spec, retrofit, kwargs = self.spec, self.retrofit, call.kwargs
         hidden = call.hidden
@@ -157,7 +167,7 @@ class AttentionHook:
         segments = found.segments if isinstance(found, Attended) else found or ()
         if not segments and attend is None:
             return None
-        cache = kwargs.get(spec.cache_keyword)
+        cache = cast("Cache | None", kwargs.get(spec.cache_keyword))
         if retrofit.technique == "attention":
             in_cache = cache is not None and segments
             joined = memory_in_cache(cache, spec.layer_index, segments, hidden.shape[0]) if in_cache else None
@@ -176,12 +186,14 @@ class AttentionHook:
         (segment,) = segments  # only projections of one piece are made for this technique
         queries = hidden.shape[1]
         keys = queries if cache is None else cache.get_mask_sizes(queries, spec.layer_index)[0]
-        changed: Arguments = {
+        changed: dict[str, Change] = {
             spec.cache_keyword: MemoryCacheView(cache, segment),
-            "attention_mask": mask_with_memory(kwargs.get("attention_mask"), segment, queries, keys, hidden),
+            "attention_mask": mask_with_memory(
+                cast("Tensor | None", kwargs.get("attention_mask")), segment, queries, keys, hidden
+            ),
         }
         if kwargs.get("alibi") is not None:
-            changed["alibi"] = retrofit.alibi_with_memory(kwargs["alibi"], segment)
+            changed["alibi"] = retrofit.alibi_with_memory(cast("Tensor", kwargs["alibi"]), segment)
         return changed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from attrs import define
@@ -32,7 +32,7 @@ class _Buffer:
     segments: tuple[Segment, ...]
     front: int
 
-    def __deepcopy__(self, memo: Any) -> _Buffer:
+    def __deepcopy__(self, memo: dict[int, _Buffer]) -> _Buffer:
         # Segments are never written, so copies may share them; only then does ``holds`` know them again.
         return _Buffer(self.keys.clone(), self.values.clone(), self.segments, self.front)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import define, field
@@ -213,9 +213,9 @@ def _is_direct(retrofit: Retrofit, spec: AttentionSpec, adapter: str | None, hid
 
 def _by_projections(spec: AttentionSpec, adapter: str | None, hidden: Tensor) -> Tensor:
     """Return ``[B, n, Hkv (D + Dv)]`` of rows ``[B, n, d]``: keys, not rotated, and behind them values."""
-    attention: Any = spec.attention
     normed = hidden if spec.norm is None else spec.norm(hidden)
-    parts = [run_in(Pass(Nothing(), adapter), part, normed) for part in (attention.k_proj, attention.v_proj)]
+    projections = map(spec.attention.get_submodule, ("k_proj", "v_proj"))
+    parts = [run_in(Pass(Nothing(), adapter), part, normed) for part in projections]
     return torch.cat(parts, -1)
 
 

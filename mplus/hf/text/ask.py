@@ -41,7 +41,6 @@ class Contains(StoppingCriteria):
 
 def ask(
     model: PreTrainedModel,
-    base: type[PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     tokens: int,
@@ -53,10 +52,10 @@ def ask(
 
     Args:
         model: the wrapped decoder.
-        base: its class before it was wrapped.
         tokenizer, prompt, tokens, stop, choices: as there.
         patience: see ``mplus.mechanisms.text.asking.Ask``.
     """
+    base = type(model).__mplus_base__  # type: ignore[attr-defined]
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
     choice_ids = [(choice, encoded(tokenizer, choice, inside=True)) for choice in choices]
     if not all(found for _, found in choice_ids):
@@ -76,7 +75,7 @@ def ask(
             most = tokens if positions is None else min(tokens, positions - ids.shape[1])
             return late(forward, tokenizer, ids, most, stop[0], patience)
         criteria = [Contains(tokenizer, stop, ids.shape[1])] if stop else []
-        generate: Callable[..., Tensor] = base.generate  # type: ignore[attr-defined]
+        generate: Callable[..., Tensor] = base.generate
         found = generate_in(
             model, None, generate, model, ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
             do_sample=False, num_beams=1, stopping_criteria=criteria, return_dict_in_generate=False,
@@ -126,8 +125,7 @@ class Asking:
         self, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = (), patience: int = 1
     ) -> str:
         """Return what greedy decoding puts behind a prompt."""
-        base = type(self.model).__mplus_base__  # type: ignore[attr-defined]
-        return ask(self.model, base, self.tokenizer, prompt, tokens, stop, choices, patience)
+        return ask(self.model, self.tokenizer, prompt, tokens, stop, choices, patience)
 
     def count(self, text: str) -> int:
         """Return the tokens of a text, special ones left out."""

@@ -94,9 +94,10 @@ class TextEngine:
             made.append(tuple(self.mechanism.write(known, passage.text, passage.before, asking)))
         return NewEntries(tuple(made))
 
-    def search(self, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
+    def search(self, view: StreamView, text: str, k: int, tokenizer: Tokenizer | None) -> list[FoundText]:
         """Let the mechanism say what ``text`` would bring back; see ``Engine.search``."""
-        return self.mechanism.search(self.asking(tokenizer), view, text, k, tokenizer)
+        known = cast("PreTrainedTokenizerBase", tokenizer)
+        return self.mechanism.search(self.asking(known), view, text, k, known)
 
     def asking(self, tokenizer: PreTrainedTokenizerBase) -> Ask:
         """Return what asks the decoder through ``tokenizer``."""
