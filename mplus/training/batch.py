@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from attrs import define
 from torch import Tensor
 
+Saved: TypeAlias = "bool | int | float | str | Tensor | list[Saved] | tuple[Saved, ...] | dict[str, Saved] | None"
+"""Plain data and tensors, as a checkpoint keeps them."""
 IGNORE_INDEX = -100
 """Label of a token that is not predicted, as in transformers."""
 
@@ -91,11 +93,11 @@ class BatchSource(ABC):
         """
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Saved]:
         """Return position and random state as plain data and tensors."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Saved]) -> None:
         """Go on from a saved position."""
 
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import attrs
 import torch
@@ -24,6 +24,9 @@ from mplus.stores.disk.files import FileSystem
 from mplus.training.parallel import barrier, gather_objects, rank, world_size
 from mplus.training.recipe.files import differences
 from mplus.training.state import Manifest, Own, Position, RandomState, Shared
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 FORMAT = 2
 MANIFEST = "checkpoint.json"
@@ -179,8 +182,8 @@ class CheckpointStore:
             raise CheckpointError(f"{folder} must have format {FORMAT}, got {manifest.get('format')!r}")
         own = folder / OWN.format(rank())
         if not own.exists() and manifest["processes"] != world_size():
-            empty: Any = {}
-            return Checkpoint(folder, manifest, empty, empty)  # ``RunIdentity.check`` will say what is wrong
+            # ``RunIdentity.check`` will say what is wrong.
+            return Checkpoint(folder, manifest, cast("Shared", {}), cast("Own", {}))
         return Checkpoint(folder, manifest, read(folder / SHARED), read(own))
 
 
@@ -205,7 +208,7 @@ class _Watched(io.RawIOBase):
         self.file = file
         self.trouble: OSError | None = None
 
-    def write(self, content: Any) -> int:
+    def write(self, content: ReadableBuffer) -> int:
         try:
             return self.file.write(content)
         except OSError as error:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
 T = TypeVar("T")
+
+
+class FsdpPlugin(Protocol):
+    """Settings of accelerate for parameters that are sharded."""
+
+    cpu_ram_efficient_loading: bool
+
+
+class AcceleratorState(Protocol):
+    """What accelerate knows of the run, as far as it is set here."""
+
+    fsdp_plugin: FsdpPlugin
 
 
 class Accelerator(Protocol):
@@ -20,7 +32,7 @@ class Accelerator(Protocol):
     @property
     def distributed_type(self) -> Enum: ...
     @property
-    def state(self) -> Any: ...
+    def state(self) -> AcceleratorState: ...
     def prepare(self, *things: nn.Module | torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]: ...
     def backward(self, loss: Tensor) -> None: ...
     def free_memory(self) -> Sequence[None]: ...

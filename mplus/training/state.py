@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from attrs import define, field
 from torch import Tensor
 
 from mplus.config import JsonValue
+from mplus.training.batch import Saved
 from mplus.training.curriculum import CurriculumState
 
 
@@ -45,7 +46,7 @@ class RandomState(TypedDict):
     """States of the generators that belong to a process: torch's, Python's, and of its GPU if it has one."""
 
     torch: Tensor
-    python: tuple[Any, ...]
+    python: tuple[int, tuple[int, ...], float | None]
     cuda: NotRequired[Tensor]
 
 
@@ -59,8 +60,8 @@ class Shared(TypedDict):
 class StageState(TypedDict):
     """The state of what one process has in a stage, as its parts return it."""
 
-    streams: dict[str, Any]
-    sources: dict[str, dict[str, Any]]
+    streams: dict[str, Saved]
+    sources: dict[str, dict[str, Saved]]
     curriculum: CurriculumState
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from attrs import define
@@ -12,11 +11,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mplus.errors import InputError, NotSupported
+from mplus.hf.retrofit.attention import ModuleCall
 from mplus.hf.retrofit.observed import AttentionObserver, observed_by
+from mplus.hf.types import Argument
 from mplus.training.activations.randomness import RandomState
 from mplus.training.activations.saved import Outliving, last_tokens
 
 CACHES = ("past_key_values", "layer_past")
+LayerOutput = Tensor | tuple[Tensor, ...]
+"""What a decoder layer returns: its hidden states, or a tuple that begins with them."""
 
 
 @define(eq=False)
@@ -36,10 +39,10 @@ class LayerCall:
     """
 
     layer: nn.Module
-    forward: Callable[..., Any]
+    forward: Callable[..., LayerOutput]
     ready: Callable[[], AbstractContextManager[None]]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[Argument, ...]
+    kwargs: dict[str, Argument]
     batch: int
     tokens: int
     learns: bool
@@ -50,10 +53,10 @@ class LayerCall:
     @staticmethod
     def of(
         layer: nn.Module,
-        forward: Callable[..., Any],
+        forward: Callable[..., LayerOutput],
         ready: Callable[[], AbstractContextManager[None]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: tuple[Argument, ...],
+        kwargs: dict[str, Argument],
     ) -> tuple[LayerCall, Tensor]:
         """Return the call, and the hidden states. Raises InputError where a key/value cache goes along."""
         for name in CACHES:
@@ -62,7 +65,7 @@ class LayerCall:
                     f"{name} must be None where activations are recomputed or swapped, got a cache: call the decoder "
                     "with use_cache=False"
                 )
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden = ModuleCall(args, kwargs).hidden
         rest = (None, *args[1:]) if args else ()
         named = kwargs if args else {**kwargs, "hidden_states": None}
         device = hidden.device
@@ -86,12 +89,12 @@ class LayerCall:
         """Return the tensors that live longer than the layer's activations."""
         return Outliving.of(self.layer, (self.args, self.kwargs))
 
-    def run(self, hidden: Tensor, observer: AttentionObserver | None, first: int = 0) -> Any:
+    def run(self, hidden: Tensor, observer: AttentionObserver | None, first: int = 0) -> LayerOutput:
         """Run the layer on hidden states ``[B, T - first, d]`` of the tokens from ``first`` on."""
         args, kwargs = self.args, self.kwargs
         if first:
-            args = last_tokens(args, self.batch, self.tokens, first)  # type: ignore[assignment]
-            kwargs = last_tokens(kwargs, self.batch, self.tokens, first)  # type: ignore[assignment]
+            args = tuple(last_tokens(part, self.batch, self.tokens, first) for part in args)
+            kwargs = {name: last_tokens(part, self.batch, self.tokens, first) for name, part in kwargs.items()}
         if args:
             args = (hidden, *args[1:])
         else:

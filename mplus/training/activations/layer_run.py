@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mplus.hf.retrofit.observed import AttentionObserver
 from mplus.training.activations.counter import ActivationCounter, CountedBytes
-from mplus.training.activations.layer_call import LayerCall
+from mplus.training.activations.layer_call import LayerCall, LayerOutput
 from mplus.training.activations.layout import SavedLayout
 from mplus.training.activations.saved import SavedTensor
 
@@ -40,7 +39,7 @@ class LayerRun(ABC):
         """Return what stands around attention in the forward; None: nothing does."""
         return None
 
-    def forward(self) -> Any:
+    def forward(self) -> LayerOutput:
         """Return what the layer makes of the hidden states."""
         hidden, self._hidden = self._need_hidden(), None
         with saved_tensors_hooks(self._pack, self._unpack):

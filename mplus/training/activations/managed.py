@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from attrs import define, field
@@ -14,10 +13,11 @@ from torch import nn
 
 from mplus.errors import ConfigError, HostMemoryError
 from mplus.hf.model.observable import decoder_layers, observable
+from mplus.hf.types import Argument
 from mplus.training.activations.auto_share import AutoShare
 from mplus.training.activations.counter import ActivationCounter
 from mplus.training.activations.host_copies import HostCopies
-from mplus.training.activations.layer_call import LayerCall
+from mplus.training.activations.layer_call import LayerCall, LayerOutput
 from mplus.training.activations.layer_run import KeptLayer, LayerRun, RecomputedLayer
 from mplus.training.activations.planning import (
     AUTO,
@@ -82,7 +82,7 @@ class ActivationPlan:
                     if forward is not None:
                         layer.forward = forward
 
-    def run(self, index: int, call: LayerCall, hidden: torch.Tensor) -> Any:
+    def run(self, index: int, call: LayerCall, hidden: torch.Tensor) -> LayerOutput:
         """Run one layer."""
         if index == 0 and not self.counter.host:
             self._auto.begin_step(call.device)
@@ -159,10 +159,10 @@ class PlannedForward:
     plan: ActivationPlan
     index: int
     layer: nn.Module
-    forward: Callable[..., Any]
+    forward: Callable[..., LayerOutput]
     ready: Callable[[], AbstractContextManager[None]]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Argument, **kwargs: Argument) -> LayerOutput:
         """Run the layer by the plan, where a gradient is wanted."""
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)

@@ -9,6 +9,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from mplus.errors import NotSupported
+from mplus.hf.types import Argument
 from mplus.training.activations.counter import CountedBytes
 from mplus.training.activations.host_copies import HostCopy
 from mplus.training.activations.layout import SavedLayout
@@ -82,7 +83,7 @@ class Outliving:
     casts: frozenset[torch.Size] = field(factory=frozenset)
 
     @staticmethod
-    def of(layer: nn.Module, arguments: object) -> Outliving:
+    def of(layer: nn.Module, arguments: Argument) -> Outliving:
         """Look at a layer and what it is called with besides hidden states."""
         own = [*layer.parameters(), *layer.buffers()]
         storages = frozenset(t.untyped_storage().data_ptr() for t in (*own, *tensors_in(arguments)))
@@ -98,7 +99,7 @@ class Outliving:
         return tensor.dim() == 2 and tensor.shape[::-1] in self.casts and tensor.stride(0) == 1
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
+def tensors_in(value: Argument) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
@@ -110,7 +111,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def last_tokens(value: object, batch: int, tokens: int, first: int) -> object:
+def last_tokens(value: Argument, batch: int, tokens: int, first: int) -> Argument:
     """Return a layer's argument for the tokens from ``first`` on: hidden states, positions, cosines and sines."""
     if isinstance(value, Tensor):
         if value.dim() == 1 and value.shape[0] == tokens:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, TypedDict, cast
 
 import torch
 from attrs import define, field
 
 from mplus.config import flag, is_whole, must_be, whole
 from mplus.errors import CheckpointError, ConfigError, InputError
-from mplus.training.batch import Batch, BatchSource, TextSample, Windows, collate
+from mplus.training.batch import Batch, BatchSource, Saved, TextSample, Windows, collate
 from mplus.training.data.counter_rng import CounterRNG
 from mplus.training.data.documents import DocumentList, DocumentOptions, Documents, open_documents
-from mplus.training.data.iterator import BatchShape, DocumentIterator, Passage
+from mplus.training.data.iterator import BatchShape, DocumentIterator, IteratorState, Passage
 from mplus.training.data.options import as_span, span, text
 from mplus.training.data.sampler import Bucket, DocumentSampler, as_buckets
 from mplus.training.data.tokens import TokenCache, Tokenizer, encode
@@ -73,6 +73,12 @@ class DocumentBatchesOptions(DocumentOptions):
     def shortest(self) -> int:
         """Documents of fewer tokens have no chunk and target even in a batch of the shortest ones."""
         return self.chunk_tokens[0] + self.target_tokens[0]
+
+
+class _Position(TypedDict):
+    batch: int
+    documents: int | None
+    streams: dict[int, IteratorState]
 
 
 class DocumentBatches(BatchSource):
@@ -163,27 +169,28 @@ class DocumentBatches(BatchSource):
             [p.chunks for p in passages], [p.sources for p in passages], [[text] for text in texts], size, windows
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Saved]:
         return {
             "batch": self._step,
             "documents": self._documents.count,
-            "streams": {walk.stream: walk.state() for walk in self._walks},
+            "streams": cast("Saved", {walk.stream: walk.state() for walk in self._walks}),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Saved]) -> None:
         """Go on from a saved position.
 
         Raises:
             CheckpointError: it was saved with another number of documents, or lacks a stream of this source.
         """
-        count, saved = self._documents.count, state["documents"]
+        position = cast("_Position", state)
+        count, saved = self._documents.count, position["documents"]
         if isinstance(self._documents, DocumentList) and count != saved:
             raise CheckpointError(f"the data must be what it was when saved: {saved} documents then, {count} now")
-        streams = {int(stream): place for stream, place in state["streams"].items()}
+        streams = {int(stream): place for stream, place in position["streams"].items()}
         missing = [walk.stream for walk in self._walks if walk.stream not in streams]
         if missing:
             raise CheckpointError(f"the saved data position must have every stream, it lacks {missing}")
-        self._step = state["batch"]
+        self._step = position["batch"]
         self._documents.count = saved if count is None else count
         for walk in self._walks:
             walk.restore(streams[walk.stream])

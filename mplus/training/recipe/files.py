@@ -7,7 +7,7 @@ import difflib
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import attrs
 from attrs import define, field
@@ -22,6 +22,7 @@ from mplus.training.recipe.recipe import Entry, Recipe, Revisit, Stage, Until, V
 from mplus.training.recipe.tables import Checkpoints, DataSet, Metrics, ModelTable, Optimizer, as_table, error_prefix
 
 T = TypeVar("T")
+PartT = TypeVar("PartT", bound="Part")
 
 DRY_RUN = "dry_run"
 """Table of a recipe that says how to try it at tiny size: ``remove``, a list of settings, and ``set``, a table."""
@@ -166,8 +167,13 @@ def differences(then: JsonValue, now: JsonValue, where: str = "") -> list[str]:
     return [found for name, one, other in pairs for found in differences(one, other, name)]
 
 
-Reader = Callable[[JsonValue], Any]
-"""Makes of one table of a recipe what the class of the recipe has for it."""
+Part: TypeAlias = (
+    "ModelTable | MPlusConfig | Optimizer | Checkpoints | Metrics | DataSet | Stage | Revisit | RetrieverLoss | Until"
+    " | Validation | Entry | tuple[Part, ...] | dict[str, DataSet]"
+)
+"""What the class of a recipe has for one of its tables."""
+TableReader = Callable[[JsonValue], Part]
+"""Makes it of the table."""
 
 
 def parse_recipe(table: Mapping[str, JsonValue]) -> Recipe:
@@ -182,25 +188,25 @@ def parse_recipe(table: Mapping[str, JsonValue]) -> Recipe:
     return recipe
 
 
-def _read(cls: type[T], table: JsonValue, readers: Mapping[str, Reader]) -> T:
+def _read(cls: type[T], table: JsonValue, readers: Mapping[str, TableReader]) -> T:
     """Build ``cls`` from a table of which some fields are tables with a reader of their own."""
-    values: dict[str, Any] = dict(as_table(table, cls.__name__))
+    values, parts = dict(as_table(table, cls.__name__)), dict[str, Part]()
     for key, make in readers.items():
         if values.get(key) is not None:
             with error_prefix(key):
-                values[key] = make(values[key])
-    return structure(cls, values)
+                parts[key] = make(values[key])
+    return structure(cls, {name: parts.get(name, value) for name, value in values.items()})
 
 
-def _table_of(cls: type[T], **readers: Reader) -> Reader:
+def _table_of(cls: type[PartT], **readers: TableReader) -> Callable[[JsonValue], PartT]:
     """Return a reader of a table of the fields of ``cls``."""
     return lambda table: _read(cls, table, readers)
 
 
-def _tables(make: Reader) -> Reader:
+def _tables(make: Callable[[JsonValue], PartT]) -> Callable[[JsonValue], tuple[PartT, ...]]:
     """Return a reader of a list of tables; an error begins with the place of its table."""
 
-    def read(values: JsonValue) -> tuple[Any, ...]:
+    def read(values: JsonValue) -> tuple[PartT, ...]:
         if not isinstance(values, list | tuple) or not values:
             raise ConfigError(f"must be a list of at least one table, got {values!r}")
         found = []
@@ -231,7 +237,7 @@ def _memory(table: JsonValue) -> MPlusConfig:
 
 
 _OBJECTIVES = _tables(Entry.of)
-READERS: dict[str, Reader] = {
+READERS: dict[str, TableReader] = {
     "model": ModelTable.of,
     "memory": _memory,
     "optimizer": Optimizer.of,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from attrs import define, field
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mplus.config import JsonValue, number, structure, whole
 from mplus.errors import ConfigError, InputError
-from mplus.training.batch import Batch, BatchSource, TextSample, Windows, collate
+from mplus.training.batch import Batch, BatchSource, Saved, TextSample, Windows, collate
 from mplus.training.data.counter_rng import CounterRNG
 from mplus.training.data.documents import DocumentList, DocumentOptions, open_documents
 from mplus.training.data.options import as_span, share, span
@@ -141,11 +141,12 @@ class GeneratedBatches(BatchSource):
         sources = [[self._source(stream, place) for place in places] for stream in self._numbers]
         return collate(written, sources, asked, size, windows, reset=reset)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Saved]:
         return {"batch": self._step, "told": self._told, "begun": self._begun}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step, self._told, self._begun = state["batch"], state["told"], state["begun"]
+    def load_state_dict(self, state: dict[str, Saved]) -> None:
+        counts = cast("dict[str, int]", state)
+        self._step, self._told, self._begun = counts["batch"], counts["told"], counts["begun"]
 
     def _source(self, stream: int, place: int) -> int:
         # In 63 bits, and above the numbers of documents, so that data of several kinds can be mixed in one stream.

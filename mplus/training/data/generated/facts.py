@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal, TypedDict, cast
 
 import torch
 from attrs import define, field
@@ -13,7 +13,7 @@ from mplus.config import JsonValue, flag, number, one_of, structure, whole
 from mplus.errors import ConfigError, InputError
 from mplus.facts.episodes import Episode, draw_facts, make_episode
 from mplus.facts.language import PAD, UNKNOWN, Language
-from mplus.training.batch import IGNORE_INDEX, NO_SOURCE, Batch, BatchSource
+from mplus.training.batch import IGNORE_INDEX, NO_SOURCE, Batch, BatchSource, Saved
 from mplus.training.data.tokens import Tokenizer
 
 
@@ -71,6 +71,12 @@ class RecallOptions:
             raise ConfigError(
                 f"window_tokens must be a multiple of chunk_tokens ({self.chunk_tokens}), got {self.window_tokens}"
             )
+
+
+class _Position(TypedDict):
+    told: int
+    episodes: list[tuple[list[int], list[int], Tensor]]
+    generators: list[Tensor]
 
 
 class RecallBatches(BatchSource):
@@ -215,15 +221,16 @@ class RecallBatches(BatchSource):
     def _answer_places(labels: Tensor) -> Tensor:
         return torch.arange(labels.shape[2]).expand(labels.shape[0], -1) >= 4
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Saved]:
         return {
             "told": self._told,
-            "episodes": [(e.facts, e.values, e.chunks) for e in self._episodes],
+            "episodes": cast("Saved", [(e.facts, e.values, e.chunks) for e in self._episodes]),
             "generators": [generator.get_state() for generator in self._generators],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._told = state["told"]
-        self._episodes = [Episode(*saved) for saved in state["episodes"]]
-        for generator, saved in zip(self._generators, state["generators"], strict=True):
+    def load_state_dict(self, state: dict[str, Saved]) -> None:
+        position = cast("_Position", state)
+        self._told = position["told"]
+        self._episodes = [Episode(*saved) for saved in position["episodes"]]
+        for generator, saved in zip(self._generators, position["generators"], strict=True):
             generator.set_state(saved)
