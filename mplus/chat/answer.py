@@ -26,7 +26,7 @@ class Answer:
         >>> answer.reply.recalled
     """
 
-    def __init__(self, watch: Callable[[Callable[[str], object]], Watch], run: Callable[[Watch], Reply]) -> None:
+    def __init__(self, watch: Callable[[Callable[[str], None]], Watch], run: Callable[[Watch], Reply]) -> None:
         """Args: ``watch`` makes what watches the generation, and ``run`` generates."""
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._watch, self._run = watch(self._pieces.put), run

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Self
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from attrs import evolve
@@ -20,6 +21,9 @@ from mplus.chat.reply import Reply, recalled_of
 from mplus.chat.streaming import Watch
 from mplus.errors import ConfigError, InputError
 from mplus.memory import Memory
+
+if TYPE_CHECKING:
+    from mplus.hf.types import Argument, PreTrainedTokenizerBase
 
 WINDOW, NEW = 1024, 256
 """Tokens of a prompt and of an answer where nobody says."""
@@ -54,17 +58,17 @@ class Chat:
 
     def __init__(
         self,
-        model: Any,
+        model: Any,  # any decoder of transformers, whose classes have no type in common that generates
         memory: Memory | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         system: str | None = None,
         window_tokens: int | None = None,
         speakers: Mapping[str, str] = SPEAKERS,
         remember: Sequence[str] = ROLES,
         plain: bool = False,
         clock: Callable[[], datetime] | None = None,
-        **generation: Any,
+        **generation: Argument,
     ) -> None:
         """Begin a session, or go on with one that a crash ended.
 
@@ -86,7 +90,8 @@ class Chat:
             MemoryFileError: the exchanges on disk cannot be read.
         """
         self.model, self.memory, self.system = model, memory, system
-        tokenizer = tokenizer if tokenizer is not None else memory.tokenizer if memory is not None else None
+        if tokenizer is None and memory is not None:
+            tokenizer = cast("PreTrainedTokenizerBase | None", memory.tokenizer)
         if tokenizer is None:
             raise ConfigError("a chat needs a tokenizer: pass tokenizer=, here or where the memory is made")
         if memory is not None and memory.batch_size != 1:
@@ -95,9 +100,9 @@ class Chat:
             )
         self.format = ChatFormat(tokenizer, plain)
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
-        self.generation = {"max_new_tokens": min(NEW, positions // 4), **generation}
+        self.generation: dict[str, Argument] = {"max_new_tokens": min(NEW, positions // 4), **generation}
         self.window_tokens = min(WINDOW, positions // 2) if window_tokens is None else window_tokens
-        new = self.generation["max_new_tokens"]
+        new = cast("int", self.generation["max_new_tokens"])
         if self.window_tokens < 1 or self.window_tokens + new > positions:
             raise ConfigError(
                 f"window_tokens must be at least 1 and leave room for max_new_tokens ({new}) in the {positions:,} "
@@ -109,13 +114,14 @@ class Chat:
         self.recalls, self._clock = True, clock or partial(datetime.now, UTC)
         self.reply: Reply | None = None
         self._lock = threading.Lock()
-        self._journal = _journal_of(memory)
+        directory = None if memory is None else memory.directory
+        self._journal = None if directory is None else Journal(directory.path / FILE)
         kept = [] if self._journal is None else self._journal.read()
         self.exchanges: list[Exchange] = [one for one in kept if one.name not in self._names()]
 
     # ------------------------------------------------------------------ talking
 
-    def send(self, message: str | Message | Sequence[Message], *, keep: bool = True, **generation: Any) -> Reply:
+    def send(self, message: str | Message | Sequence[Message], *, keep: bool = True, **generation: Argument) -> Reply:
         """Return the answer to a message.
 
         Args:
@@ -132,7 +138,9 @@ class Chat:
             pass
         return answer.reply
 
-    def stream(self, message: str | Message | Sequence[Message], *, keep: bool = True, **generation: Any) -> Answer:
+    def stream(
+        self, message: str | Message | Sequence[Message], *, keep: bool = True, **generation: Argument
+    ) -> Answer:
         """Return the answer to a message as an iterator over its pieces of text, for ``for`` and ``async for``.
 
         Arguments as for ``send``. Raises InputError: it is no message. The rest is raised by the iterator.
@@ -141,7 +149,9 @@ class Chat:
         watch = partial(Watch, self.format.tokenizer, self.format.stops)
         return Answer(watch, lambda watch: self._answer(turns, watch, keep, {**self.generation, **generation}))
 
-    async def asend(self, message: str | Message | Sequence[Message], *, keep: bool = True, **generation: Any) -> Reply:
+    async def asend(
+        self, message: str | Message | Sequence[Message], *, keep: bool = True, **generation: Argument
+    ) -> Reply:
         """Return the answer to a message, and let other tasks run meanwhile; as ``send`` otherwise.
 
         Cancelled, it ends the answer at its next token.
@@ -151,7 +161,7 @@ class Chat:
             pass
         return answer.reply
 
-    def _answer(self, turns: tuple[Turn, ...], watch: Watch, keep: bool, generation: dict[str, Any]) -> Reply:
+    def _answer(self, turns: tuple[Turn, ...], watch: Watch, keep: bool, generation: dict[str, Argument]) -> Reply:
         """Generate an answer, in whatever thread."""
         if not self._lock.acquire(blocking=False):
             raise InputError("one answer at a time: another one of this chat has not been read to its end")
@@ -169,17 +179,16 @@ class Chat:
         finally:
             self._lock.release()
 
-    def _generate(self, ids: list[int], watch: Watch, generation: dict[str, Any]) -> Reply:
+    def _generate(self, ids: list[int], watch: Watch, generation: dict[str, Argument]) -> Reply:
         memory = self.memory if self.recalls else None
         prompt = torch.tensor([ids], device=self.model.get_input_embeddings().weight.device)
         ends = {"eos_token_id": self._ends()} if "eos_token_id" not in generation else {}
-        if memory is not None:
-            generation = {**generation, "memory": memory, "output_sources": True}
+        reads = {} if memory is None else {"memory": memory, "output_sources": True}
         # A memory whose mechanism answers calls of the decoder takes back some of what is generated.
         streams = memory is None or getattr(memory.engine.mechanism, "opens", None) is None
         output = self.model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), return_dict_in_generate=True,
-            stopping_criteria=[watch], **({"streamer": watch} if streams else {}), **ends, **generation,
+            stopping_criteria=[watch], **({"streamer": watch} if streams else {}), **ends, **{**generation, **reads},
         )  # fmt: skip
         if not streams:
             watch.put(prompt)
@@ -270,10 +279,7 @@ class Chat:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
-
-
-def _journal_of(memory: Memory | None) -> Journal | None:
-    directory = None if memory is None else memory.directory
-    return None if directory is None else Journal(directory.path / FILE)

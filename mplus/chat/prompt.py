@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 from attrs import define
 from jinja2.exceptions import TemplateError
 
 from mplus.chat.exchange import SPEAKERS, Message
 from mplus.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from mplus.hf.types import PreTrainedTokenizerBase
 
 
 @define(frozen=True)
@@ -21,7 +24,7 @@ class ChatFormat:
         plain: write "User: ..." and "Assistant: ..." in lines, whatever template there is.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     plain: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -46,13 +49,13 @@ class ChatFormat:
         if self.plain:
             return list(self.tokenizer(_plain(messages), verbose=False)["input_ids"])
         try:
-            found = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+            prompt = self.tokenizer.apply_chat_template(
+                list(map(dict, messages)), add_generation_prompt=True, tokenize=True, return_dict=True
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(f"the chat template refuses messages of these roles ({roles}): {error}") from error
-        return list(found["input_ids"])
+        return list(cast("Mapping[str, list[int]]", prompt)["input_ids"])
 
 
 def _plain(messages: Iterable[Message]) -> str:

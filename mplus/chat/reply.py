@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING
 
 from attrs import define
+
+if TYPE_CHECKING:
+    from mplus.hf.reading.reading import RetrievedSource
 
 
 @define(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class Reply:
     interrupted: bool = False
 
 
-def recalled_of(layers: Sequence[Sequence[Any]]) -> tuple[Recalled, ...]:
+def recalled_of(layers: Sequence[Sequence[RetrievedSource]]) -> tuple[Recalled, ...]:
     """Return what was read for one prompt.
 
     Args:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import define, field
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mplus.hf.types import PreTrainedTokenizerBase
 
 
 @define(eq=False)
@@ -27,9 +30,9 @@ class Watch:
         said: all text that ``say`` has had.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     stops: Sequence[str]
-    say: Callable[[str], object]
+    say: Callable[[str], None]
     started: float = field(factory=time.perf_counter)
     interrupted: bool = False
     over: bool = False
@@ -52,7 +55,7 @@ class Watch:
         """Tell what was held back."""
         self._tell(final=True)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Tensor) -> Tensor:
         """Return whether to end, for each text ``[1]``, as stopping criteria of transformers do."""
         return torch.full(
             (input_ids.shape[0],), self.interrupted or self.over, dtype=torch.bool, device=input_ids.device

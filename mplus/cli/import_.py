@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from mplus.interop.published import PublishedCheckpoint
 
 MEMORY = "memory"
@@ -89,5 +91,5 @@ def found(checkpoint: PublishedCheckpoint) -> dict[str, str]:
     return facts
 
 
-def _plain(dtype: object) -> str:
+def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

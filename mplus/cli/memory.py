@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from mplus.cli.output import counts, print_json, size
 from mplus.config import JsonValue
 
 if TYPE_CHECKING:
+    from attrs import Attribute
     from rich.table import Table
 
     from mplus.memory.directory.checkpoint_manifest import LiveManifest
@@ -208,10 +209,9 @@ def sources(
         console.print(_table(stream))
 
 
-def _plain(instance: object, field: object, value: Any) -> JsonValue:
+def _plain(instance: type, field: Attribute[JsonValue], value: datetime | JsonValue) -> JsonValue:
     """Return a time as text of ISO 8601, and all else as it is."""
-    plain: JsonValue = value.isoformat() if isinstance(value, datetime) else value
-    return plain
+    return value.isoformat() if isinstance(value, datetime) else value
 
 
 def forget(

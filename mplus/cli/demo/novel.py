@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median_low
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import cattrs
 import torch
@@ -33,6 +33,12 @@ from mplus.hf.reading.reading import RetrievedSource
 from mplus.memory import Memory
 from mplus.memory.report import progress_bar
 from mplus.memory.writing.chunking import split
+
+if TYPE_CHECKING:
+    from mplus.hf.types import PreTrainedModel, PreTrainedTokenizerBase
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PROMPT = "Mary put the old key into the door of the secret garden and"
 STORY_TOKENS = 64
@@ -61,7 +67,9 @@ def demo_config() -> mplus.MPlusConfig:
     )
 
 
-def run(texts: Sequence[tuple[str, Tensor]], tokenizer: Any, *, seed: int, threads: int, folder: Path) -> DemoReport:
+def run(
+    texts: Sequence[tuple[str, Tensor]], tokenizer: PreTrainedTokenizerBase, *, seed: int, threads: int, folder: Path
+) -> DemoReport:
     """Do all of it.
 
     Args:
@@ -98,7 +106,9 @@ def run(texts: Sequence[tuple[str, Tensor]], tokenizer: Any, *, seed: int, threa
     )
 
 
-def tokenize(chapters: Sequence[Chapter], tokenizer: Any, limit: int | None = None) -> list[tuple[str, Tensor]]:
+def tokenize(
+    chapters: Sequence[Chapter], tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> list[tuple[str, Tensor]]:
     """Return name and ids ``[n]`` int64 of each chapter; of all together only the first ``limit`` tokens."""
     texts, left = [], sys.maxsize if limit is None else limit
     for chapter in chapters:
@@ -110,7 +120,7 @@ def tokenize(chapters: Sequence[Chapter], tokenizer: Any, limit: int | None = No
     return texts
 
 
-def with_memory(decoder: Any, seed: int) -> MemoryModel:
+def with_memory(decoder: PreTrainedModel, seed: int) -> MemoryModel:
     """Wrap the decoder in place; the retriever's weights are random and depend on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -118,7 +128,7 @@ def with_memory(decoder: Any, seed: int) -> MemoryModel:
     return wrapped
 
 
-def write_novel(base: Any, memory: Memory, texts: Sequence[tuple[str, Tensor]]) -> tuple[Timing, int]:
+def write_novel(base: PreTrainedModel, memory: Memory, texts: Sequence[tuple[str, Tensor]]) -> tuple[Timing, int]:
     """Write every chapter under its name and, in turn with that, run ``base`` over the same chunks without logits.
 
     Returns the times and the number of chunks.
@@ -139,13 +149,13 @@ def write_novel(base: Any, memory: Memory, texts: Sequence[tuple[str, Tensor]]) 
 
 
 @torch.no_grad()
-def _forward_all(base: Any, chunks: Sequence[Tensor]) -> None:
+def _forward_all(base: PreTrainedModel, chunks: Sequence[Tensor]) -> None:
     for chunk in chunks:
         base.base_model(chunk[None], use_cache=False)
 
 
 @torch.no_grad()
-def read_novel(base: Any, model: MemoryModel, memory: Memory, ids: Tensor) -> Timing:
+def read_novel(base: PreTrainedModel, model: MemoryModel, memory: Memory, ids: Tensor) -> Timing:
     """Run the decoder over chunks from all over the novel with memory (retrieval each time) and without, in turn."""
     chunks = list(ids.split(memory.engine.config.chunk_tokens))
     chunks = chunks[:: max(1, len(chunks) // READ_CHUNKS)][:READ_CHUNKS]
@@ -157,7 +167,7 @@ def read_novel(base: Any, model: MemoryModel, memory: Memory, ids: Tensor) -> Ti
     return Timing(tokens=sum(map(len, chunks)), seconds=seconds, base_seconds=base_seconds)
 
 
-def timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+def timed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> float:
     """Return the seconds that a call took."""
     started = time.perf_counter()
     function(*args, **kwargs)
@@ -165,7 +175,7 @@ def timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
 
 
 def tell(
-    base: Any, model: MemoryModel, memory: Memory, tokenizer: Any
+    base: Any, model: MemoryModel, memory: Memory, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Story, list[int], list[list[RetrievedSource]]]:
     """Tell a story with memory and without; return it, its ids, and per layer the rows retrieved for it."""
     prompt = tokenizer(PROMPT, return_tensors="pt")
@@ -177,8 +187,8 @@ def tell(
     start = inputs["input_ids"].shape[1]
     story = Story(
         prompt=PROMPT,
-        with_memory=tokenizer.decode(output.sequences[0, start:], skip_special_tokens=True),
-        without_memory=tokenizer.decode(alone[0, start:], skip_special_tokens=True),
+        with_memory=str(tokenizer.decode(output.sequences[0, start:], skip_special_tokens=True)),
+        without_memory=str(tokenizer.decode(alone[0, start:], skip_special_tokens=True)),
         sources=retrieved_from([row for layer in layers for row in layer]),
     )
     special = set(tokenizer.all_special_ids)

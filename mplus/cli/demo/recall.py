@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import attrs
 import torch
@@ -20,6 +20,7 @@ from mplus.evaluation.retention import retention
 from mplus.evaluation.tasks.facts import Facts
 from mplus.facts.episodes import draw_facts, make_episode, told_chunk
 from mplus.facts.language import UNKNOWN, Language
+from mplus.hf.decoders.train_model import TrainTokenizer
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.pretrained.shipped import load_recall
 from mplus.memory import Memory
@@ -59,7 +60,7 @@ class Chat:
         language: of the decoder.
     """
 
-    def __init__(self, model: MemoryModel, tokenizer: Any, language: Language, seed: int) -> None:
+    def __init__(self, model: MemoryModel, tokenizer: TrainTokenizer, language: Language, seed: int) -> None:
         self.model = model
         self.language = language
         self.memory: Memory = model.new_memory(tokenizer=tokenizer, seed=seed)
@@ -233,13 +234,13 @@ def run(
     )
 
 
-def trained(seed: int, quiet: bool) -> tuple[MemoryModel, Any, float]:
+def trained(seed: int, quiet: bool) -> tuple[MemoryModel, TrainTokenizer, float]:
     """Train a decoder by the shipped recipe; return it, its tokenizer, and the seconds that took."""
     from mplus.training import train
 
     begun = time.perf_counter()
     result = train("recall-tiny", seed=seed, progress=False if quiet else None)
-    return cast("MemoryModel", result.model), result.tokenizer, time.perf_counter() - begun
+    return cast("MemoryModel", result.model), cast("TrainTokenizer", result.tokenizer), time.perf_counter() - begun
 
 
 def told_and_asked(chat: Chat, facts: int, distraction: int, seed: int) -> list[Asked]:

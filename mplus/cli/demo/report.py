@@ -7,6 +7,8 @@ from typing import Any
 import attrs
 from attrs import define
 
+from mplus.config import JsonValue
+
 
 @define(frozen=True, kw_only=True)
 class Positions:
@@ -146,7 +148,7 @@ class DemoReport:
     saved: Saved
     seconds: float
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, JsonValue]:
         """Return this as plain data, with what is computed from other facts."""
         plain = attrs.asdict(self)
         plain["write"], plain["read"] = self.write.plain(), self.read.plain()

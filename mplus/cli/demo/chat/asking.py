@@ -16,6 +16,7 @@ from mplus.chat.prompt import ChatFormat
 from mplus.chat.reply import Recalled, recalled_of
 from mplus.chat.streaming import Watch
 from mplus.cli.demo.chat.script import Question
+from mplus.hf.types import Cache
 from mplus.memory import Memory
 
 NEW_TOKENS = 24
@@ -55,11 +56,11 @@ class Prefilled:
     """
 
     ids: tuple[int, ...]
-    cache: Any
+    cache: Cache
     text_tokens: int
     seconds: float
 
-    def cache_for_question(self) -> Any:
+    def cache_for_question(self) -> Cache:
         """Return the cache as it was behind the text: cut off there after another question, or a copy."""
         if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
             return copy.deepcopy(self.cache)  # what has left its window does not come back
@@ -71,7 +72,11 @@ class Prefilled:
     @property
     def nbytes(self) -> int:
         """Return the bytes of the keys and values."""
-        return sum(tensor.nbytes for layer in self.cache.layers for tensor in (layer.keys, layer.values))
+        return sum(
+            tensor.nbytes
+            for layer in self.cache.layers
+            for tensor in (getattr(layer, name) for name in ("keys", "values"))
+        )
 
 
 @define(frozen=True)
@@ -98,7 +103,7 @@ class Asker:
         """Return the answer behind a text that was read before."""
         rest = self._behind(prefilled, question)
         ids = [*prefilled.ids, *rest]
-        said = self._said(question, ids, past_key_values=prefilled.cache_for_question())
+        said = self._said(question, ids, cache=prefilled.cache_for_question())
         return evolve(said, tokens_read=len(rest))
 
     def ask_each(
@@ -120,13 +125,13 @@ class Asker:
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         ids = self._tensor([[padding] * (most - len(own)) + own for own in prompts])
         mask = self._tensor([[0] * (most - len(own)) + [1] * len(own) for own in prompts])
-        kwargs: dict[str, Any] = {} if memory is None else {"memory": memory, "output_sources": True}
+        reads = {} if memory is None else {"memory": memory, "output_sources": True}
         output = self.model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=padding,
-            return_dict_in_generate=True, **kwargs,
+            return_dict_in_generate=True, **reads,
         )  # fmt: skip
         sources = [[]] * len(questions) if memory is None else output.memory_sources
-        given = [tokenizer.decode(row, skip_special_tokens=True) for row in output.sequences[:, most:]]
+        given = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in output.sequences[:, most:]]
         return tuple(
             self._of(one, answer.partition("\n")[0], None, len(own), recalled_of(read))
             for one, answer, own, read in zip(questions, given, prompts, sources, strict=True)
@@ -168,13 +173,16 @@ class Asker:
     def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor([list(row) for row in rows], device=self.model.get_input_embeddings().weight.device)
 
-    def _said(self, question: Question, ids: Sequence[int], memory: Memory | None = None, **kwargs: Any) -> Said:
+    def _said(
+        self, question: Question, ids: Sequence[int], memory: Memory | None = None, cache: Cache | None = None
+    ) -> Said:
         watch, prompt = Watch(self.format.tokenizer, ("\n",), lambda piece: None), self._tensor([ids])
-        if memory is not None:
-            kwargs |= {"memory": memory, "output_sources": True}
+        reads = {} if memory is None else {"memory": memory, "output_sources": True}
+        if cache is not None:
+            reads = {**reads, "past_key_values": cache}
         output = self.model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False,
-            streamer=watch, stopping_criteria=[watch], return_dict_in_generate=True, **kwargs,
+            streamer=watch, stopping_criteria=[watch], return_dict_in_generate=True, **reads,
         )  # fmt: skip
         recalled = () if memory is None else recalled_of(output.memory_sources[0])
         return self._of(question, watch.said, (watch.first or watch.started) - watch.started, len(ids), recalled)

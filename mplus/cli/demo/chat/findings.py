@@ -9,6 +9,7 @@ from attrs import define
 from cattrs.preconf.json import make_converter
 
 from mplus.cli.demo.chat.asking import Said
+from mplus.config import JsonValue
 
 JSON = make_converter()
 """Makes plain data of findings, and findings of it."""
@@ -80,7 +81,7 @@ class ChatDemo:
     model: str
     parameters: int
     mechanism: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # cattrs cannot go through a type that refers to itself
     tokens: int
     sources: int
     write_seconds: float
@@ -92,9 +93,9 @@ class ChatDemo:
     seed: int
     seconds: float
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, JsonValue]:
         """Return this as plain data, with what is computed from other facts."""
-        plain: dict[str, Any] = JSON.unstructure(self)
+        plain: dict[str, JsonValue] = JSON.unstructure(self)
         plain["arms"] = [
             {**JSON.unstructure(arm), "right": arm.right, "first_seconds": arm.first_seconds} for arm in self.arms
         ]

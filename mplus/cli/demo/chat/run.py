@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from attrs import define, evolve
@@ -19,7 +19,10 @@ from mplus.cli.demo.chat.asking import Asker, Said
 from mplus.cli.demo.chat.findings import JSON, ArmFinding, ChatDemo, Reopened
 from mplus.cli.demo.chat.script import Question, Script, make_script
 from mplus.errors import MPlusError
+from mplus.evaluation.texts import Tokenizer
+from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.pretrained.chat_model import load_chat_model, with_memory
+from mplus.hf.types import PreTrainedTokenizerBase
 from mplus.memory import Memory
 from mplus.memory.report import progress_bar
 
@@ -39,7 +42,7 @@ class ModelChoice:
     mechanism: str | None
     pieces: int | None
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self) -> tuple[MemoryModel, PreTrainedTokenizerBase]:
         """Return the decoder, wrapped, and its tokenizer. Raises as those two."""
         decoder, tokenizer = load_chat_model(self.name)
         return with_memory(decoder, self.mechanism, self.pieces), tokenizer
@@ -64,7 +67,7 @@ def run(
     started = time.perf_counter()
     model, tokenizer = choice.load()
     asker = Asker(model, ChatFormat(tokenizer))
-    script = make_script(tokenizer, tokens, seed)
+    script = make_script(cast("Tokenizer", tokenizer), tokens, seed)
     with Memory.open(folder / MEMORY, model, tokenizer=tokenizer) as memory:
         write_seconds, places = tell(memory, script, quiet)
     arms, untold = question(asker, memory, script, quiet)
@@ -147,12 +150,15 @@ def question(
     return arms, untold
 
 
-Some = Sequence[Any]
+T = TypeVar("T")
 
 
 def _asking(quiet: bool) -> Callable[..., tuple[Said, ...]]:
     def asked(
-        title: str, ask: Callable[[Any], Said], ask_each: Callable[[Some], tuple[Said, ...]] | None, questions: Some
+        title: str,
+        ask: Callable[[T], Said],
+        ask_each: Callable[[Sequence[T]], tuple[Said, ...]] | None,
+        questions: Sequence[T],
     ) -> tuple[Said, ...]:
         """Return an answer to every question: to the first ones one by one, to the rest side by side if they may be."""
         alone = questions if ask_each is None else questions[:AGAIN]
@@ -179,7 +185,7 @@ def _ids_of(script: Script, asker: Asker) -> list[int]:
     return list(asker.format.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _positions(model: Any) -> int:
+def _positions(model: MemoryModel) -> int:
     return int(model.config.get_text_config(decoder=True).max_position_embeddings)
 
 

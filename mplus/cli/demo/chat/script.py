@@ -10,7 +10,7 @@ from attrs import define
 
 from mplus.evaluation.tasks.generated_conversations import ADVERSARIAL, SINGLE, ConversationGenerator, Turn
 from mplus.evaluation.tasks.notes import Notes
-from mplus.evaluation.texts import Texts
+from mplus.evaluation.texts import Texts, Tokenizer
 from mplus.hf.pretrained.shipped import TITLE, chapters
 
 NOTES, ABOUT_NOTES, ABOUT_TALK = 24, 14, 6
@@ -64,7 +64,7 @@ class Script:
         return tuple(question for question in self.questions if question.answer is None)
 
 
-def make_script(tokenizer: Any, tokens: int, seed: int) -> Script:
+def make_script(tokenizer: Tokenizer, tokens: int, seed: int) -> Script:
     """Return about ``tokens`` tokens to tell, and the questions; equal arguments give an equal script.
 
     Names, values and sentences are those of the split "test", which no setting was chosen by.
