@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from mplus.memory.directory.checkpoint_manifest import LiveManifest
     from mplus.memory.directory.offline import DirectoryInfo
-    from mplus.memory.format.entries import StreamEntry
     from mplus.memory.format.manifest import Manifest
     from mplus.memory.report import SourceInfo
     from mplus.memory.sources.table import SourceTable
@@ -41,6 +40,7 @@ def show(
     Of a saved memory only the manifest and the names of sources are read. Of one that lives in a directory, short-term
     rows and the journal are read too, beside whoever writes there.
     """
+    import attrs
     from rich.console import Console
 
     from mplus.memory.directory.offline import read_info
@@ -55,7 +55,11 @@ def show(
         manifest, tables = saved_tables(path)
         facts, table, streams = _facts(manifest), _decoder(manifest), manifest.streams
     if as_json:
-        print_json({**facts, "streams": [_stream_facts(*parts) for parts in zip(streams, tables, strict=True)]})
+        shown = [
+            {**one, **one.pop("rows"), "sources": [attrs.asdict(source) for source in sources]}
+            for one, sources in zip(map(attrs.asdict, streams), tables, strict=True)
+        ]
+        print_json({**facts, "streams": shown})
         return
     console = Console(highlight=False)
     console.print(table)
@@ -97,13 +101,6 @@ def repair(path: Kept, out: Out) -> None:
     print(f"{out} holds {'what was sound of' if lost else 'all of'} {path}: Memory.load reads it")
     if lost:
         raise typer.Exit(1)
-
-
-def _stream_facts(stream: StreamEntry, sources: SourceTable) -> dict[str, JsonValue]:
-    import attrs
-
-    facts = attrs.asdict(stream)
-    return {**facts, **facts.pop("rows"), "sources": [attrs.asdict(source) for source in sources]}
 
 
 def _facts(manifest: Manifest) -> dict[str, JsonValue]:

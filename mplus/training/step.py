@@ -13,7 +13,7 @@ import torch
 from attrs import define
 from torch import Tensor, nn
 
-from mplus.hf.decoders.train_model import TrainTokenizer, split_modules
+from mplus.hf.decoders.train_model import TrainTokenizer
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.model.modes import in_eval_mode
 from mplus.mechanisms.streams import TrainingStreams
@@ -64,7 +64,7 @@ class TrainingStep(nn.Module):
         self.model = model
         self.dtype = dtype
         self.activations = activations
-        self._no_split_modules = split_modules(model)  # read by accelerate when it shards the model
+        self._no_split_modules = model._no_split_modules  # noqa: SLF001 - read by accelerate when it shards the model
 
     def forward(self, streams: TrainingStreams, terms: Sequence[LossTerm]) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of all terms, and their metrics.

@@ -104,7 +104,9 @@ def show_novel(report: DemoReport, kept: bool, console: Console | None = None) -
     console.print(_kept(report), "")
     console.print(_speeds(report))
     _retrieved(report, console)
-    _story(report, console)
+    console.print(f"\n[bold]{escape(report.story.prompt)} ...[/]")
+    for title, text in (("with memory", report.story.with_memory), ("without", report.story.without_memory)):
+        console.print(f"[dim]{title:>12}[/]  ... {escape(text.strip())}")
     _saved(report, kept, console)
     console.print(f"\n[bold]Mind:[/] {NOT_TRAINED}\n{report.seconds:.0f} seconds in all, imports included.")
 
@@ -176,12 +178,6 @@ def _retrieved(report: DemoReport, console: Console) -> None:
     if rest:
         table.add_row(str(sum(entry.rows for entry in rest)), f"{len(rest)} other chapters")
     console.print(table)
-
-
-def _story(report: DemoReport, console: Console) -> None:
-    console.print(f"\n[bold]{escape(report.story.prompt)} ...[/]")
-    for title, text in (("with memory", report.story.with_memory), ("without", report.story.without_memory)):
-        console.print(f"[dim]{title:>12}[/]  ... {escape(text.strip())}")
 
 
 def _saved(report: DemoReport, kept: bool, console: Console) -> None:

@@ -72,14 +72,15 @@ def digest(model: nn.Module, group: Group) -> str:
     # Under the names they have without PEFT, so that a base keeps its digest when adapters come.
     named = [(plain_name(name).replace(".original_module.", "."), name, one) for name, one in model.named_parameters()]
     for plain, name, tensor in sorted(named, key=lambda one: one[0]):
-        if _belongs(plain, group) and id(tensor) not in of_user:
+        if _is_in_group(plain, group) and id(tensor) not in of_user:
             found.update(f"{plain}{list(tensor.shape)}{tensor.dtype}".encode())
             # One tensor at a time: accelerate may have offloaded more of them than fit into memory.
             found.update(_content(value_of(model, name) if tensor.is_meta else tensor, sampled=group == "base"))
     return found.hexdigest()[:32]
 
 
-def _belongs(name: str, group: Group) -> bool:
+def _is_in_group(name: str, group: Group) -> bool:
+    """Return whether a parameter is in a group: "lora" has all of LoRA, "adapters" only those of mplus."""
     if name.startswith("mplus."):
         return group == "additions"
     if ".lora_" in name:

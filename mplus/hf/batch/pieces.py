@@ -21,8 +21,9 @@ from mplus.hf.batch.prompts import ReadPrompt, asked, read_alone, recalled_promp
 from mplus.hf.batch.requests import RowRequest
 from mplus.hf.batch.wrapped_row import WrappedText
 from mplus.hf.model.installed import WrappedModel
-from mplus.hf.reading.forward import open_with, read
+from mplus.hf.reading.forward import open_reading, read
 from mplus.hf.reading.override import mechanism_for_reads
+from mplus.hf.reading.retrieval import ReadSource
 from mplus.hf.retrofit.context import pausing
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.reading import TextReading
@@ -74,7 +75,7 @@ class TokenByToken:
         if request.memory is not None:
             engine.check_attention()
             reading = asked(model, read(engine, request.memory, 1), [request], ids.shape[1])
-            open_with(engine, reading, ids)
+            open_reading(engine, reading, ReadSource(reading, None), ids, None)
         return cls(ids, WrappedText(model, reading))
 
     def advance(self, tokens: int) -> ReadPrompt | None:
@@ -147,7 +148,10 @@ class LayerByLayer:
     def __init__(self, model: WrappedModel, request: RowRequest) -> None:
         self._tokens, self._layers = len(request.ids), len(model.mplus_engine.retrofit.anatomy.layers)
         self._turns = _Turns()
-        context, autocast = copy_context(), _autocast(model.mplus_engine.device)
+        context, kind = copy_context(), model.mplus_engine.device.type
+        # Autocast is of a thread, and not of a context: the new one gets what it is in this one.
+        mixed = torch.is_autocast_enabled(kind)
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind)) if mixed else None
         # The thread must not hold this object, which could never be collected then.
         run = (_read_in_turns, self._turns, model, request, autocast)
         threading.Thread(target=context.run, args=run, daemon=True, name="mplus-prompt").start()
@@ -172,10 +176,3 @@ def _read_in_turns(turns: _Turns, model: WrappedModel, request: RowRequest, auto
     except BaseException as error:  # noqa: BLE001 - the thread that waits raises it
         found = error
     turns.end(found)
-
-
-def _autocast(device: torch.device) -> torch.autocast | None:
-    """Return autocast as it is in this thread, which others do not inherit."""
-    if not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.autocast(device.type, torch.get_autocast_dtype(device.type))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
@@ -235,8 +235,3 @@ def save_trained(
         model.save_pretrained(folder, save_base=save_base)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def split_modules(model: PreTrainedModel) -> Collection[str] | None:
-    """Return the names of the layer classes that sharding treats as one piece."""
-    return model._no_split_modules

@@ -210,8 +210,11 @@ def check_cache(cache: Cache | None, memory: Memory | None, reuse: bool) -> Read
     if cache is None or not is_begun(cache):
         return None
     made_under: Reading | None = getattr(cache, "_mplus_reading", None)
-    if made_under is None and (memory is None or only_learned(cache)):
-        return None
+    if made_under is None:
+        learned = getattr(cache, "_mplus_learned", None)
+        # Virtual tokens and nothing else depend on no memory.
+        if memory is None or (learned is not None and int(cache.get_seq_length()) == learned):
+            return None
     if made_under is not None and (reuse or (memory is not None and made_under.is_of(memory))):
         return made_under
     was = "without a memory" if made_under is None else f"with version {made_under.version} of a memory"
@@ -233,22 +236,11 @@ def mark_learned(prompt: Prompt) -> Prompt:
     return prompt
 
 
-def only_learned(cache: Cache) -> bool:
-    """Return whether a cache holds virtual tokens and nothing else, so that it depends on no memory."""
-    learned = getattr(cache, "_mplus_learned", None)
-    return learned is not None and int(cache.get_seq_length()) == learned
-
-
-def embedded_in_front(model: PreTrainedModel) -> int:
-    """Return how many virtual tokens the PeftModel around ``model``, which generates, embeds in front of a prompt.
-
-    A PeftModel prepares the inputs while it generates. Virtual tokens that are keys and values pass through no layer.
-    """
-    return embedded_by(getattr(model.prepare_inputs_for_generation, "__self__", None))
-
-
 def embedded_by(model: PreTrainedModel | PeftModel | None) -> int:
-    """Return how many virtual tokens a PeftModel embeds in front of a text; 0 for what is no PeftModel."""
+    """Return how many virtual tokens a PeftModel embeds in front of a text; 0 for what is no PeftModel.
+
+    Virtual tokens that are keys and values (prefix tuning) pass through no layer, so they do not count.
+    """
     config = getattr(model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning or config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         return 0

@@ -256,7 +256,7 @@ def _read_pass(
         so_far = text_in(inputs.cache) or TextSoFar.empty(rows, text.device, mechanism.new_cache())
         so_far = so_far.with_tokens(text, text_mask)
     if reading.opened is None:
-        _open(engine, reading, source, text, so_far)
+        open_reading(engine, reading, source, text, so_far)
     elif so_far is not None and reading.reopens:
         reopen_where_due(reading, engine.decoder, so_far, tokens, piece)
     elif so_far is not None and inputs.cache is not None and reading.goes_on and mechanism.reopens and tokens > 1:
@@ -284,15 +284,17 @@ def _read_pass(
     return active, so_far
 
 
-def open_with(engine: DecoderEngine, reading: Reading, ids: Tensor) -> None:
-    """Let the mechanism get ready for all of a prompt, ids ``[B, T]`` without padding, that is then read in pieces."""
-    _open(engine, reading, ReadSource(reading, None), ids, None)
+def open_reading(
+    engine: DecoderEngine, reading: Reading, source: ReadSource, text: Tensor, so_far: TextSoFar | None
+) -> None:
+    """Let the mechanism get ready for a text before its first forward; guessed tokens are not shown to it.
 
-
-def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Tensor, so_far: TextSoFar | None) -> None:
-    """Let the mechanism get ready for the first forward, of ids ``[B, T]`` or embeddings ``[B, T, w]``.
-
-    Guessed tokens (of an assistant) are not shown to it.
+    Args:
+        engine: of the decoder.
+        reading: of the memory; what the mechanism makes is kept there.
+        source: of the first forward, which says what of the text is padding and which tokens retrieve.
+        text: ids ``[B, T]`` int64 or embeddings ``[B, T, w]``, with the tokens that an assistant guesses.
+        so_far: the text in the cache, for mechanisms that want to know it; None: for others.
     """
     repeats, prompt = reading.repeats(text.shape[0]), slice(None, reading.prompt_tokens)
     asked = any(map(reading.mechanism.has_prefix, reading.views))

@@ -13,7 +13,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.arguments import DEFAULTS, Given, GivenArguments, ReadArguments, check_spelling
-from mplus.hf.reading.caches import check_cache, embedded_in_front
+from mplus.hf.reading.caches import check_cache, embedded_by
 from mplus.hf.reading.checks import check_weights
 from mplus.hf.reading.forward import ask, go_on, read
 from mplus.hf.reading.generating import generate_in, is_generating
@@ -170,7 +170,8 @@ def generate(
     cache = cast("Cache | None", kwargs.get("past_key_values"))
     reading = check_cache(cache, arguments.memory, arguments.reuse_memory_cache)
     prompts, tokens = call.prompt_shape()
-    virtual = embedded_in_front(model)
+    # While a PeftModel generates, it prepares the inputs in the place of the decoder.
+    virtual = embedded_by(getattr(model.prepare_inputs_for_generation, "__self__", None))
     if reading is None:
         reading = read(engine, arguments.memory, prompts)
         ask(reading, model, arguments, call.unmasked_prompt(), virtual)

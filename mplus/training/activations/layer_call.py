@@ -126,12 +126,15 @@ class LayerCall:
                     found[seen] = tensor.detach()
                 seen += 1
 
+        def unpack(packed: None) -> Tensor:
+            raise NotSupported("a decoder layer asked for gradients inside of its own forward: use activations 'keep'")
+
         hidden = hidden.detach().requires_grad_(self.learns)
         with (
             self.ready(),
             torch.enable_grad(),
             torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None),
-            saved_tensors_hooks(pack, _never),
+            saved_tensors_hooks(pack, unpack),
         ):
             self.run(hidden, observer, first)
         if seen != count:
@@ -140,7 +143,3 @@ class LayerCall:
                 "it cannot be recomputed: use activations 'keep' or 'swap'"
             )
         return found
-
-
-def _never(packed: None) -> Tensor:
-    raise NotSupported("a decoder layer asked for gradients inside of its own forward: use activations 'keep'")

@@ -37,7 +37,10 @@ class SavedLayout:
     def of(tensor: Tensor, batch: int, tokens: int) -> SavedLayout:
         """Look at a tensor that a layer saved of ``batch`` texts of ``tokens`` tokens."""
         once = _once(tensor)
-        order = _memory_order(once)
+        # The stride of a dimension of size 1 says nothing, so that such a dimension stays where it is.
+        places, strides = range(once.dim()), once.stride()
+        sized = iter(sorted((place for place in places if once.shape[place] > 1), key=lambda place: -strides[place]))
+        order = tuple(place if once.shape[place] == 1 else next(sized) for place in places)
         sizes = tuple(once.shape[place] for place in order)
         gaps = not once.permute(order).is_contiguous()
         blocks = _blocks(sizes, order, batch, tokens)
@@ -91,13 +94,6 @@ def token_dimension(shape: Size, batch: int, tokens: int) -> int | None:
     if len(shape) == 3 and 1 in places:
         return 1
     return places[0] if len(places) == 1 and (places[0] == 1 or len(shape) > 3) else None
-
-
-def _memory_order(tensor: Tensor) -> tuple[int, ...]:
-    # The stride of a dimension of size 1 says nothing, so that such a dimension stays where it is.
-    strides = tensor.stride()
-    sized = iter(sorted((p for p in range(tensor.dim()) if tensor.shape[p] > 1), key=lambda p: -strides[p]))
-    return tuple(place if tensor.shape[place] == 1 else next(sized) for place in range(tensor.dim()))
 
 
 def _blocks(sizes: tuple[int, ...], order: tuple[int, ...], batch: int, tokens: int) -> int | None:

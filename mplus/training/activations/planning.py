@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Literal
 
 from attrs import define
@@ -138,9 +137,3 @@ def recomputed_tokens(*, mode: str, layers: int, batch: int, tokens: int, share:
     if mode != "memo":
         return 0
     return max(layers - KEPT_LAYERS, 0) * batch * (tokens - swapped_tokens(share, tokens))
-
-
-def split_bytes(tensors: Mapping[str, int]) -> LayerBytes:
-    """Return bytes by name, as ``llama_layer_bytes`` has them, by how MEMO treats them."""
-    others = sum(size for name, size in tensors.items() if name not in {"input", "attention"})
-    return LayerBytes(tensors["input"], tensors["attention"], others)

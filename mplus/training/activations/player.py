@@ -14,7 +14,6 @@ from mplus.training.activations.planning import (
     gpt_layer_bytes,
     held_bytes,
     llama_layer_bytes,
-    split_bytes,
     swapped_share,
     swapped_tokens,
 )
@@ -53,7 +52,9 @@ def _share(given: Mapping[str, Any]) -> JsonValue:
 
 def _held(given: Mapping[str, Any]) -> JsonValue:
     settings = {name: given[name] for name in ("mode", "layers", "tokens", "share")}
-    device, host = held_bytes(split_bytes(given["tensors"]), **settings)
+    tensors: Mapping[str, int] = given["tensors"]
+    others = sum(size for name, size in tensors.items() if name not in {"input", "attention"})
+    device, host = held_bytes(LayerBytes(tensors["input"], tensors["attention"], others), **settings)
     return {"device": device, "host": host}
 
 

@@ -130,7 +130,10 @@ def question(
         remembered,
     )
     with progress_bar("reading what the window holds", 1, _wanted(quiet), 1, unit="") as advance:
-        prefilled = asker.prefill(_ids_of(script, asker), questions, _positions(asker.model))
+        tokenizer, config = asker.format.tokenizer, asker.model.config.get_text_config(decoder=True)
+        whole = "\n".join(told.text for told in script.told)
+        ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        prefilled = asker.prefill(ids, questions, int(config.max_position_embeddings))
         advance(1)
     # One by one: side by side each would need a copy of the window.
     behind = asked("with a full window", lambda one: asker.ask_behind(one, prefilled), None, questions)
@@ -178,15 +181,6 @@ def _asking(quiet: bool) -> Callable[..., tuple[Said, ...]]:
 
 def _wanted(quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
-
-
-def _ids_of(script: Script, asker: Asker) -> list[int]:
-    text = "\n".join(told.text for told in script.told)
-    return list(asker.format.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _positions(model: MemoryModel) -> int:
-    return int(model.config.get_text_config(decoder=True).max_position_embeddings)
 
 
 def ask_in_new_process(
