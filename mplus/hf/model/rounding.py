@@ -31,14 +31,6 @@ MATMUL_UNITS = {"high": 2.0**-10, "medium": 2.0**-7}
 """Rounding units of float32 matrix products by ``torch.get_float32_matmul_precision``."""
 
 
-def unit(dtype: torch.dtype) -> float:
-    """Return the largest relative step between neighbours in ``dtype``, or in what parts of a decoder compute in."""
-    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # norms and rotary angles are in float32 always
-    if dtype == torch.float32:
-        return max(eps, MATMUL_UNITS.get(torch.get_float32_matmul_precision(), 0.0))
-    return eps
-
-
 def observe(anatomy: Anatomy, run: Callable[[], Tensor]) -> list[Tensor]:
     """Return ``run()``, the logits ``[B, T, V]`` of a forward, and then the attention outputs of layers with memory."""
     found: dict[int, Tensor] = {}
@@ -85,14 +77,17 @@ def measure_noise(anatomy: Anatomy, run: Callable[[], Tensor], dtype: torch.dtyp
     The decoder is compared with itself where the input of each layer is off by one unit of ``dtype``.
     """
     generator = torch.Generator().manual_seed(0)
-    size = unit(dtype)
+    # The largest relative step between neighbours; norms and rotary angles are in float32 always.
+    step = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    if dtype == torch.float32:
+        step = max(step, MATMUL_UNITS.get(torch.get_float32_matmul_precision(), 0.0))
 
     def rounded(
         module: nn.Module, args: tuple[Argument, ...], kwargs: dict[str, Argument]
     ) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
         hidden = ModuleCall(args, kwargs).hidden
         signs = torch.randint(0, 2, hidden.shape, generator=generator).to(hidden) * 2 - 1
-        moved = hidden * (1 + size * signs)
+        moved = hidden * (1 + step * signs)
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
     plain = observe(anatomy, run)

@@ -150,7 +150,11 @@ class SavesAdditions(PushToHub, WrappedModel):  # type: ignore[misc]
             for name, tensor in added.items()
         }
         save_file(additions, folder / WEIGHTS, metadata={"format": "pt"})
-        _save_calibrations(self, folder)
+        known = self.mplus_engine.mechanism.calibrations_known()
+        if known:
+            save_file(known, folder / CALIBRATIONS)
+        else:
+            (folder / CALIBRATIONS).unlink(missing_ok=True)  # of an earlier save
         adapters = save_injected(self, folder, state)
         config = _model_config(self)
         config.save_pretrained(folder)
@@ -165,14 +169,6 @@ class SavesAdditions(PushToHub, WrappedModel):  # type: ignore[misc]
                 *([f"{BASE}/*"] if save_base else []),
             ]
             upload(folder, hub.pop("repo_id", folder.name), patterns=patterns, token=kwargs.get("token"), **hub)
-
-
-def _save_calibrations(model: WrappedModel, folder: Path) -> None:
-    known, file = model.mplus_engine.mechanism.calibrations_known(), folder / CALIBRATIONS
-    if known:
-        save_file(known, file)
-    else:
-        file.unlink(missing_ok=True)  # of an earlier save
 
 
 def load_calibrations(model: nn.Module, folder: Path) -> None:

@@ -93,7 +93,10 @@ class GenerateCall:
         """
         if is_generating(self.model):
             return ReadArguments(**self.own)
-        call, default = (_given_in(config) for config in self.configs)
+        call, default = (
+            cast("GivenArguments", {name: one for name in DEFAULTS if (one := getattr(config, name, None)) is not None})
+            for config in self.configs
+        )
         given = call | self.own
         around = readings.current() if given.get("memory") is None else None
         if around is not None:
@@ -133,12 +136,6 @@ class GenerateCall:
     def _prompt(self, *names: str) -> Tensor | None:
         prompts = cast("list[Tensor | None]", [*self.args[:1], *(self.kwargs.get(name) for name in names)])
         return next((prompt for prompt in prompts if prompt is not None and prompt.shape[1]), None)
-
-
-def _given_in(config: GenerationConfig | None) -> GivenArguments:
-    """Return the arguments that mplus adds, as far as a generation config says them."""
-    values = {name: getattr(config, name, None) for name in DEFAULTS}
-    return cast("GivenArguments", {name: value for name, value in values.items() if value is not None})
 
 
 def generate(
