@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Annotated, NotRequired, TypedDict, cast
 
 import typer
 
@@ -14,6 +14,8 @@ from mplus.cli.output import print_json
 
 if TYPE_CHECKING:
     import torch
+
+    from mplus.config import JsonValue
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "accelerate")
 OPTIONAL = ("bitsandbytes", "bm25s", "faiss-cpu", "faiss-gpu", "matplotlib", "triton")
@@ -55,7 +57,7 @@ def info(
     if model is not None:
         facts["model"] = described(model)
     if as_json:
-        print_json(facts)
+        print_json(cast("JsonValue", facts))
         return
     from rich.console import Console
     from rich.markup import escape

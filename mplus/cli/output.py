@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+
+from mplus.config import JsonValue
 
 
-def print_json(plain: Any) -> None:
+def print_json(plain: JsonValue) -> None:
     """Print plain data as JSON on stdout."""
     print(json.dumps(plain, indent=2))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from attrs import define
@@ -82,10 +81,10 @@ class ChoosingMechanism(WrappedMechanism):
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
         """Open a read, as ``MemoryMechanism.open``. Raises ChoiceMade."""
         opened = self.inner.open(decoder, views, text)
-        found: Sequence[Any] = self.inner.retrieved(opened, 0)
+        chosen = self.inner.retrieved(opened, 0)
         # The views of what was opened: an oracle's are parts of those it was given.
         # In place: whoever gave the list looks at it behind the read.
-        self.seen[:] = [Choice.of(view, rows) for view, rows in zip(opened.views, found, strict=True)]
+        self.seen[:] = [Choice.of(view, rows) for view, rows in zip(opened.views, chosen, strict=True)]
         if self.only:
             raise ChoiceMade
         return opened

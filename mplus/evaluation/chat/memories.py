@@ -22,6 +22,7 @@ from mplus.evaluation.retention import retention
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.model.wrapping import unwrap, wrap
 from mplus.hf.pretrained.load import from_pretrained
+from mplus.hf.types import PreTrainedModel
 from mplus.mechanisms import MECHANISMS
 from mplus.registry import NameRegistry
 from mplus.retrievers import RETRIEVERS
@@ -79,7 +80,9 @@ def _each_retriever(label: str) -> Iterator[str]:
         yield f"{name}:{one}"
 
 
-def wrapped_each(decoder: Any, configs: Mapping[str, MPlusConfig | Path]) -> Iterator[tuple[str, MemoryModel]]:
+def wrapped_each(
+    decoder: PreTrainedModel, configs: Mapping[str, MPlusConfig | Path]
+) -> Iterator[tuple[str, MemoryModel]]:
     """Yield one decoder wrapped for each memory in turn; it is unwrapped again in between and at the end."""
     for label, config in configs.items():
         model = from_pretrained(config, base=decoder) if isinstance(config, Path) else wrap(decoder, config)
@@ -202,7 +205,7 @@ def digest(execution: GeneratedAnswers) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
 
-def _options(execution: GeneratedAnswers) -> list[dict[str, Any]]:
+def _options(execution: GeneratedAnswers) -> list[dict[str, JsonValue]]:
     """Return all options of an execution's mechanism, and of what retrieves for it, if anything does."""
     mechanism, config = execution.model.mplus_engine.mechanism, execution.model.mplus_config
     registry = getattr(mechanism, "retrievers", None)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from attrs import define
 
-from mplus.evaluation.tasks.generated_conversations import ADVERSARIAL, SINGLE, ConversationGenerator, Turn
+from mplus.evaluation.tasks.generated_conversations import (
+    ADVERSARIAL,
+    SINGLE,
+    ConversationGenerator,
+    QuestionAnswer,
+    Turn,
+)
 from mplus.evaluation.tasks.notes import Notes
 from mplus.evaluation.texts import Texts, Tokenizer
 from mplus.hf.pretrained.shipped import TITLE, chapters
@@ -101,7 +106,7 @@ def _talk(seed: int) -> tuple[list[Told], list[Question]]:
             source = f"call of {str(sample[f'session_{session}_date_time']).rpartition(' on ')[2]}, line {number}"
             sources[turn["dia_id"]] = source
             told.append(Told(f"{turn['speaker']}: {turn['text']}", source))
-    asked: list[Any] = sample["qa"]  # type: ignore[assignment]
+    asked: list[QuestionAnswer] = sample["qa"]  # type: ignore[assignment]
     single = [qa for qa in asked if qa["category"] == SINGLE][:ABOUT_TALK]
     never = [qa for qa in asked if qa["category"] == ADVERSARIAL][:UNTOLD_TALK]
     questions = [
