@@ -101,11 +101,11 @@ class RowLayer(CacheLayerMixin):
 
 
 @define(frozen=True, eq=False)
-class _Held:
+class _BufferedRow:
     """A row of the buffer; ``length``: its columns, less the steps there were when it came."""
 
     row: Row
-    length: int
+    length: int  # less the steps, so that one count of steps lengthens all rows
 
 
 class RowBuffer:
@@ -122,7 +122,7 @@ class RowBuffer:
         self._decoder = decoder
         self._layers = [RowLayer() for _ in range(decoder.config.get_text_config(decoder=True).num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))
-        self._held: list[_Held] = []
+        self._rows: list[_BufferedRow] = []
         self._steps = 0
         self._room = (0, 0)
         self._hidden = torch.finfo(decoder.dtype).min
@@ -133,16 +133,16 @@ class RowBuffer:
     @property
     def rows(self) -> list[Row]:
         """The rows, from the first to the last."""
-        return [one.row for one in self._held]
+        return [one.row for one in self._rows]
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self._held)
+        return len(self._rows)
 
     @property
     def columns(self) -> int:
         """Columns of the longest row."""
-        return max((one.length for one in self._held), default=-self._steps) + self._steps
+        return max((one.length for one in self._rows), default=-self._steps) + self._steps
 
     @property
     def nbytes(self) -> int:
@@ -152,7 +152,7 @@ class RowBuffer:
     @torch.no_grad()
     def reserve(self, rows: int, columns: int, like: Sequence[Sequence[KeysValues]]) -> None:
         """Make room for so many rows more, of so many ``columns`` at most; ``like``: those of one in every layer."""
-        self._reserve(len(self._held) + rows, max(self.columns, columns) + 1, [parts[-1] for parts in like])
+        self._reserve(len(self._rows) + rows, max(self.columns, columns) + 1, [parts[-1] for parts in like])
 
     @torch.no_grad()
     def add(self, row: Row, layers: Sequence[Sequence[KeysValues]], position: int) -> None:
@@ -163,32 +163,32 @@ class RowBuffer:
             layers: the parts of its keys and values in every layer.
             position: of the token that comes next.
         """
-        place, length = len(self._held), length_of(layers)
+        place, length = len(self._rows), length_of(layers)
         self.reserve(1, length, layers)
         for layer, given in zip(self._layers, layers, strict=True):
             layer.put(place, given)
         self._mask[place] = self._hidden
         self._mask[place, ..., :length] = 0
         self._next[0, place], self._next[1, place] = length, position
-        self._held.append(_Held(row, length - self._steps))
+        self._rows.append(_BufferedRow(row, length - self._steps))
 
     @torch.no_grad()
     def remove(self, row: Row) -> None:
         """Let a row go; the last one takes its place."""
-        place, last = self.rows.index(row), len(self._held) - 1
+        place, last = self.rows.index(row), len(self._rows) - 1
         if place != last:
             columns = min(self.columns + 1, self._room[1])
             for layer in self._layers:
                 layer.move(last, place, columns)
             self._mask[place], self._next[:, place] = self._mask[last], self._next[:, last]
-        self._held = [self._held[last if at == place else at] for at in range(last)]
-        if not self._held:
+        self._rows = [self._rows[last if at == place else at] for at in range(last)]
+        if not self._rows:
             self._release()
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """Read one more token per row, ``[B]`` int64, and return the logits ``[B, V]`` of what follows."""
-        rows, columns = len(self._held), self.columns + 1
+        rows, columns = len(self._rows), self.columns + 1
         if columns > self._room[1]:
             self._reserve(rows, columns, [(layer.keys[0], layer.values[0]) for layer in self._layers])
         places = self._next[:, :rows]
@@ -211,7 +211,7 @@ class RowBuffer:
 
     def _reserve(self, rows: int, columns: int, like: Sequence[KeysValues]) -> None:
         had_rows, had_columns = self._room
-        if rows > had_rows:
+        if rows > had_rows:  # at least twice as many, so that rows that come one by one are seldom copied
             rows = max(rows, 2 * had_rows)
         if columns > had_columns:
             columns = int(columns * GROWTH) + COLUMNS

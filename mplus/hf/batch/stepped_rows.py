@@ -62,6 +62,7 @@ class SteppedRows:
 
     def _place(self, read: ReadPrompt) -> int:
         """Return which buffer takes a prompt."""
+        # The first decoder has the reading adapter merged into its weights, the last one has none.
         return 0 if read.adapted else len(self._buffers) - 1
 
     def add(self, read: ReadPrompt, rows: Sequence[Row]) -> None:

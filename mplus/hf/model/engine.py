@@ -77,6 +77,7 @@ class DecoderEngine:
         self.readings = OpenReadings()
 
     def __getstate__(self) -> dict[str, Any]:
+        # Weak tables and open blocks are of this process; a copy begins with new ones.
         own = ("watch", "_prepared", "_shared", "readings")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 

@@ -153,6 +153,7 @@ def _scale(given: dict[str, int], config: MPlusConfig, room: Room) -> int | None
     """Return the largest scale, of ``PARTS``, at which everything fits; None where nothing does."""
     if not room.holds(_scaled(0, given, config), config):
         return None
+    # What memory takes grows with the scale, so the largest one that fits is found by halving.
     fits, fails = 0, PARTS + 1
     while fails - fits > 1:
         middle = (fits + fails) // 2

@@ -213,9 +213,7 @@ def unwrap(model: Model) -> Model:
         if engine.config.adapters is not None:
             remove_adapters(decoder)
         if engine.config.rope_inv_freq_dtype is not None:
-            for module in decoder.modules():
-                for name, frequencies in module.__dict__.pop("_mplus_frequencies", {}).items():
-                    setattr(module, name, frequencies)
+            restore_frequencies(decoder)
         _use_attention(decoder, installed.base_attention)
         del decoder._modules["mplus"]
     generation_config.drop_memory(decoder)
@@ -377,3 +375,10 @@ def round_frequencies(decoder: nn.Module, dtype: torch.dtype) -> None:
         raise ConfigError(
             f"rope_inv_freq_dtype needs rotary embeddings with an inv_freq buffer; {type(decoder).__name__} has none"
         )
+
+
+def restore_frequencies(decoder: nn.Module) -> None:
+    """Undo ``round_frequencies``."""
+    for module in decoder.modules():
+        for name, frequencies in module.__dict__.pop("_mplus_frequencies", {}).items():
+            setattr(module, name, frequencies)

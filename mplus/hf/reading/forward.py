@@ -266,6 +266,7 @@ def _read_pass(
     if opened.settled is not None and reading.reopens:
         raise NotSupported(f"retrieve_every does not go with the mechanism {mechanism.name!r} here: {opened.settled}")
     offset, placement = place_text(engine, reading, inputs, text_mask)
+    # With nothing to read the pass is the decoder's own, without an adapter, bit for bit.
     if mechanism.empty_is_base and not any(map(mechanism.has_prefix, reading.views)):
         return Pass(source, None, text_offset=offset), so_far
     collection, finish = None, None

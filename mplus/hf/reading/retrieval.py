@@ -170,7 +170,7 @@ def reopen_where_due(reading: Reading, decoder: Decoder, text: TextSoFar, new: i
     end = text.tokens - new + (1 if piece else new)
     due = text.waiting(end) >= (reading.retrieve_every or 1)
     opened, all_rows = reading.need_opened(), text.rearranged
-    if len(opened.views) != rows:
+    if len(opened.views) != rows:  # beams or samples, each of which may read something else from here on
         copies = reading.repeats(rows)
         views = [view for view in reading.views for _ in range(copies)]
         opened, all_rows = mechanism.open(decoder, views, reading.asking(text.opened(tokenizer), copies)), True

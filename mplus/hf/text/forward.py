@@ -135,10 +135,11 @@ class _Forward:
                 inputs["position_ids"] = spliced.positions(positions.expand(rows, -1))
         labels, last = inputs.pop("labels", None), inputs.pop("logits_to_keep", 0)
         if labels is not None:
-            moved = labels.new_full(spliced.ids.shape, -100)
+            moved = labels.new_full(spliced.ids.shape, -100)  # recalled text counts for no loss
             inputs["labels"] = moved.scatter(1, spliced.kept, labels)
         inputs["input_ids"], inputs["attention_mask"] = spliced.ids, spliced.mask
         output = self.base.forward(self.model, **inputs)
+        # ``logits_to_keep`` counts tokens of the call, so all logits were made, and those asked for are taken here.
         kept = spliced.kept if isinstance(last, Tensor) or not last else spliced.kept[:, -last:]
         output.logits = _columns(output.logits, kept if not isinstance(last, Tensor) else kept[:, last])
         if getattr(output, "hidden_states", None) is not None:
@@ -151,7 +152,7 @@ class _Forward:
         if spliced is not None:
             mask, positions = self._mask, inputs.get("position_ids")
             if mask is not None:
-                past = spliced.kept.shape[1]
+                past = spliced.kept.shape[1]  # the call's mask knows nothing of recalled text, which is in the cache
                 first = torch.ones_like(spliced.ids) if spliced.mask is None else spliced.mask
                 mask = torch.cat([first, mask[:, past:].to(torch.int64)], 1)
             elif spliced.mask is not None:

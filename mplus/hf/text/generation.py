@@ -126,7 +126,7 @@ class _Generation:
         """Generate behind prompts with recalled text in them, and put the prompts alone in front of the result."""
         settings, ids = self.settings, self.ids
         for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            limit = self.call.number(name)
+            limit = self.call.number(name)  # of a whole sequence, which recalled text is a part of
             if limit and self.call[instead] is None:
                 settings[name] = int(limit) + spliced.width
         if settings.get("streamer") is not None:

@@ -42,6 +42,7 @@ def turn_opening(tokenizer: PreTrainedTokenizerBase) -> str:
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     opening, _, rest = text.partition(FIRST)
     again = rest.partition(REPLY)[2].partition(SECOND)[0]
+    # In front of the first turn there may be system text: the opening alone is what both turns begin with.
     shared = 0
     while shared < min(len(opening), len(again)) and opening[-1 - shared] == again[-1 - shared]:
         shared += 1
@@ -99,7 +100,7 @@ class Spliced:
         kept = torch.empty_like(ids)
         new_mask = torch.zeros_like(new_ids)
         for row, (text, column) in enumerate(zip(texts, columns, strict=True)):
-            left = width - len(text)
+            left = width - len(text)  # of padding, in front, so that all prompts end in the same column
             kept[row] = old + left + len(text) * (old >= column)
             new_ids[row, kept[row]] = ids[row]
             new_mask[row, kept[row]] = 1 if mask is None else mask[row].to(new_mask.dtype)
