@@ -117,7 +117,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         self.attention, self.retrievers = attention, dict(retrievers or {})
         self.unavailable = self._unavailable()
         self._ways: dict[str, _RetrieverWay] = {}
-        self._held = 0
+        self._long_term_rows = 0
 
     def _unavailable(self) -> dict[str, str]:
         reasons = {"snapkv": "kvpress cannot be installed beside this version of transformers; see benchmarks/snapkv"}
@@ -147,7 +147,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
             streams.write(ids, torch.full((len(episodes),), place))
             if advance is not None:
                 advance(1)
-            self._held = streams.ltm[0].count
+            self._long_term_rows = streams.ltm[0].count
             if place in due:
                 yield self._moment(due[place], streams)
 
@@ -346,7 +346,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
     def plain(self, kind: str, found: Mapping[str, JsonValue], name: str | None) -> dict[str, JsonValue]:
         report = {"ages": list(self.ages), **found, "circumstances": self.run_info(name)}
         if kind == "retriever":
-            report["long_term_rows"] = self._held
+            report["long_term_rows"] = self._long_term_rows
             report["logit_std_by_layer"] = report.pop("score_std_by_layer")
         return report
 

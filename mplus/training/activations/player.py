@@ -50,7 +50,7 @@ def _share(given: Mapping[str, Any]) -> JsonValue:
     return swapped_share(LayerBytes(**given["bytes"]), transferable=transferable, host=host)
 
 
-def _held(given: Mapping[str, Any]) -> JsonValue:
+def _held_bytes(given: Mapping[str, Any]) -> JsonValue:
     settings = {name: given[name] for name in ("mode", "layers", "tokens", "share")}
     tensors: Mapping[str, int] = given["tensors"]
     others = sum(size for name, size in tensors.items() if name not in {"input", "attention"})
@@ -63,6 +63,6 @@ BEHAVIOURS: dict[str, Callable[[Mapping[str, Any]], JsonValue]] = {
     "skeletal bytes of a Llama layer": lambda given: _layer(llama_layer_bytes(**given)),
     "share of tokens that is swapped": _share,
     "tokens that are swapped": lambda given: swapped_tokens(**given),
-    "bytes held between forward and backward": _held,
+    "bytes held between forward and backward": _held_bytes,
 }
 """Functions that compute them, by name."""

@@ -104,7 +104,9 @@ class DocumentIterator:
     begun: bool = False
     waiting: dict[int, list[int]] = field(factory=dict)
     skipped: Counter[str] = field(factory=Counter)
-    _held: tuple[int, tuple[int, Tensor]] | None = None  # the current document, which the cache might let go
+    _current_document: tuple[int, tuple[int, Tensor]] | None = (
+        None  # the current document, which the cache might let go
+    )
 
     def follow(self, need: BatchShape) -> Passage:
         """Go on where the last batch ended: through a document, then into the next one.
@@ -214,10 +216,10 @@ class DocumentIterator:
         return min([self.next, *places, *([] if self.current is None else [self.current])])
 
     def _look(self, place: int) -> tuple[int, Tensor]:
-        if self._held is None or self._held[0] != place:
+        if self._current_document is None or self._current_document[0] != place:
             number, index, document = self.order.take(self.stream, place)
-            self._held = place, (number, self.cache.ids(index, document))
-        return self._held[1]
+            self._current_document = place, (number, self.cache.ids(index, document))
+        return self._current_document[1]
 
     def _enter(self) -> tuple[int, Tensor]:
         """Go to the beginning of the next document."""
