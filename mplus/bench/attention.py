@@ -89,7 +89,7 @@ def _time_case(
 
 
 def _arms(request: AttentionRequest, results: Mapping[str, CheckResult]) -> tuple[list[Arm], dict[str, str]]:
-    """Return what can run a request, and why the others cannot."""
+    """Return the backends that can run a request, and why the others cannot."""
     (memory,) = request.segments
     keys, values = torch.cat([memory.keys, request.keys], 2), torch.cat([memory.values, request.values], 2)
 

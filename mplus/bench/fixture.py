@@ -129,7 +129,7 @@ class BenchmarkFixture:
         return model, random_rows(model.mplus_engine, rows, 0, self.seed).memory(model.mplus_engine, 1, self.seed)
 
     def prefix(self, short_term: int | None = None) -> list[Tensor]:
-        """Return what stands in front of the text in each layer, ``[P, d]``.
+        """Return the rows in front of the text in each layer, ``[P, d]``.
 
         Args:
             short_term: the begin row and so many of the newest short-term rows; None: the begin row, the oldest

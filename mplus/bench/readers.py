@@ -241,7 +241,7 @@ class Comparison:
     def entries(
         self, times: Mapping[str, Sequence[float]], share: Callable[[float], float] | None = None
     ) -> dict[str, Entry]:
-        """Return what a record says of every variant.
+        """Return a record's entries for all variants.
 
         Args:
             times: in seconds, by name.

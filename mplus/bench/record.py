@@ -228,7 +228,7 @@ def with_headline(record: Record) -> Record:
 
 
 def arm_entry(result: CheckResult, seconds: Sequence[float] | None) -> Entry:
-    """Return what a record says of one variant: quantiles of its times, or why there are none."""
+    """Return a record's entry for one variant: quantiles of its times, or why there are none."""
     if result.status != OK or not seconds:
         return {"status": result.status, "reason": result.reason}
     quantiles = summary(seconds)

@@ -89,7 +89,7 @@ def _turn(message: Message, speakers: Mapping[str, str]) -> Turn:
 
 
 def told(exchange: Exchange, roles: Sequence[str]) -> str:
-    """Return what an exchange tells, each turn in a line with its speaker; "" where there is nothing to keep.
+    """Return the text of an exchange, each turn in a line with its speaker; "" where there is nothing to keep.
 
     Args:
         exchange: it is of.

@@ -54,7 +54,7 @@ class Reply:
 
 
 def recalled_of(layers: Sequence[Sequence[RetrievedSource]]) -> tuple[Recalled, ...]:
-    """Return what was read for one prompt.
+    """Return the pieces of memory that were read for one prompt.
 
     Args:
         layers: of ``generate(output_sources=True)``, what each layer read. What differs between the layers is given

@@ -73,7 +73,7 @@ class Watch:
             self.say(piece)
 
     def _unsure(self, text: str) -> int:
-        """Return how many characters at the end may still change: half a character, or the beginning of a stop."""
+        """Return the number of last characters that may still change: half a character, or the start of a stop."""
         unsure = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
         for stop in self.stops:
             begun = (size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size]))

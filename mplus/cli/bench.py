@@ -56,7 +56,7 @@ class Bench:
 
     @property
     def how(self) -> tuple[Preset, torch.device, list[int], int]:
-        """Return what ``measure`` functions take first."""
+        """Return preset, device, threads and repeats: the first arguments of ``measure`` functions."""
         return self.preset, self.device, self.threads, self.repeats
 
 

@@ -107,7 +107,7 @@ class EvalOptions:
 
     @property
     def name(self) -> str | None:
-        """Return what a report calls the model."""
+        """Return the name of the model in reports."""
         return self.recipe if self.model is None else self.model.name
 
     def facts(
@@ -145,7 +145,7 @@ class EvalOptions:
         return _generated_facts(decoder, evolve(task, untold_seed=1) if untold else task)
 
     def _recipe_decoder(self) -> MemoryModel:
-        """Return what a run of the recipe left at ``--model``, or the decoder that comes with mplus."""
+        """Return the decoder that a run of the recipe left at ``--model``, or the one that comes with mplus."""
         from mplus.hf.pretrained.shipped import load_recall
 
         if self.recipe not in RECIPES:

@@ -122,7 +122,7 @@ def _live_facts(held: DirectoryInfo) -> dict[str, JsonValue]:
 
 
 def _live_decoder(held: DirectoryInfo) -> Table:
-    """Return what ``_decoder`` returns, of a memory in a directory."""
+    """Return the table of ``_decoder`` for a memory in a directory."""
     manifest = held.manifest
     extent = f"{size(held.disk_bytes)} in {len(manifest.files)} files, {size(held.ram_bytes)} in RAM once it is open"
     table = _heading(manifest, extent)
@@ -134,7 +134,7 @@ def _live_decoder(held: DirectoryInfo) -> Table:
 
 
 def _decoder(manifest: Manifest) -> Table:
-    """Return what the memory is made of, and what its decoder must be."""
+    """Return a table of the memory's form and of the decoder that it belongs to."""
     table = _heading(manifest, f"{size(manifest.data.bytes)} in {manifest.data.file}")
     if manifest.capacity is not None:
         budget = "" if manifest.bytes_budget is None else f" (budget {size(manifest.bytes_budget)})"

@@ -76,7 +76,7 @@ class TextArm(EvaluationArm[M, W]):
 
     @abstractmethod
     def kept_tokens(self, due: Due) -> int:
-        """Return how many tokens of what was told have to be kept until the question."""
+        """Return the number of tokens of told text that are kept until the question."""
 
     def last_told(self, due: Due, tokens: int | None = None) -> list[int]:
         """Return the ids of the newest passages told, and of what is behind each: all of them, or ``tokens``."""
@@ -91,7 +91,7 @@ class TextArm(EvaluationArm[M, W]):
         return ids if tokens is None else ids[-tokens:]
 
     def told_tokens(self, due: Due) -> int:
-        """Return how many tokens have been told so far."""
+        """Return the number of tokens told so far."""
         if self.execution.equal_passages:
             return due.told * len(self.execution.passage(due, 0))
         return sum(len(self.execution.passage(due, number)) for number in range(due.told))

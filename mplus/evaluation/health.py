@@ -89,7 +89,7 @@ class _Comparison(Generic[M, W]):
             self.spreads[layer] += values
 
     def plain(self) -> dict[str, JsonValue]:
-        """Return what each retriever found at each K0, and how far the scores of the own one lie apart."""
+        """Return the rows that each retriever found at each K0, and how far the scores of the own one lie apart."""
         names = dict.fromkeys(name for name, _ in self.counts)
         compared: dict[tuple[str, int], dict[str, JsonValue]] = {
             (name, k): facts for k, one in self.shortcuts.items() for name, facts in one.plain().items()

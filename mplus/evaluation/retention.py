@@ -118,7 +118,7 @@ class ArmResult(Generic[M, W]):
         self.seconds += time.perf_counter() - begun
 
     def answered(self, moment: M, due: Sequence[Due]) -> list[tuple[Due, Answer]]:
-        """Return those of some questions that the arm answers, each with its answer."""
+        """Return the questions that the arm answers, of those given, each with its answer."""
         found = self.arm.answers(moment, due) if due else []
         return [(one, answer) for one, answer in zip(due, found, strict=True) if answer is not None]
 

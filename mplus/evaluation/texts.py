@@ -43,7 +43,7 @@ class Texts:
         return list(self._known(text))
 
     def count(self, text: str) -> int:
-        """Return how many tokens a text has."""
+        """Return the number of tokens of a text."""
         return len(self._known(text))
 
     def cut(self, text: str, limit: int) -> str:

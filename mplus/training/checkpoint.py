@@ -225,7 +225,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def read(path: Path) -> Any:
-    """Return what ``write`` wrote, on the CPU. Raises CheckpointError when it is damaged."""
+    """Read a file that ``write`` wrote, its tensors on the CPU. Raises CheckpointError when it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:

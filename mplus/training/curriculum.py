@@ -60,7 +60,7 @@ class Curriculum:
     _renew: bool = field(default=False, init=False)
 
     def plan(self, step: int) -> StepPlan:
-        """Return what step ``step`` (from 0) of the stage does; changes only whether a text is renewed after it."""
+        """Return the objectives of step ``step``, from 0; changes only whether a text is renewed after it."""
         draws = CounterRNG(self.seed, "objective", step)
         main = self._main(draws.uniform())
         # Drawn whether they are needed or not, so that later draws of the step do not depend on what was chosen.

@@ -39,7 +39,7 @@ class Accelerator(Protocol):
 
 
 def world_size() -> int:
-    """Return how many processes train together; 1 where nothing was started to train with others."""
+    """Return the number of processes that train together; 1 where nothing was started to train with others."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
@@ -68,7 +68,7 @@ def sum_over_processes(values: Iterable[float]) -> list[float]:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return what every process has, plain data, in order of rank."""
+    """Return the plain data of every process, in order of rank."""
     if world_size() == 1:
         return [value]
     found: list[T | None] = [None] * world_size()

@@ -179,7 +179,7 @@ class Trainer:
         self.save()
 
     def _skipped(self) -> dict[str, dict[str, int]]:
-        """Return what data passed over in this stage, over all processes: data set -> reason -> count."""
+        """Return the documents that data passed over in this stage, of all processes: data set -> reason -> count."""
         sources = {} if self.stage_data is None else self.stage_data.sources
         found: dict[str, Counter[str]] = {}
         for counts in gather_objects({name: getattr(source, "skipped", {}) for name, source in sources.items()}):
@@ -241,7 +241,7 @@ class Trainer:
         return found
 
     def _fallen(self) -> int:
-        """Return how far the schedule is.
+        """Return the number of steps that the schedule has done.
 
         A stage that ended early counts in full, so that the last step has the lowest rate.
         """
@@ -334,7 +334,7 @@ class Trainer:
 
     @property
     def facts(self) -> RunIdentity:
-        """Return what a checkpoint of this attempt can be held to."""
+        """Return the identity of this run, which its checkpoints are compared with."""
         recipe = as_json(self.recipe.to_dict())
         return RunIdentity(recipe=recipe, base=self._base, shapes=self._shapes, processes=world_size())
 

@@ -142,7 +142,7 @@ def described(recalled: Sequence[Recalled]) -> str:
 
 
 def ago(moment: datetime | None) -> str:
-    """Return how long ago a moment was; "" where it is not known."""
+    """Format the time since a moment, such as "3 days ago"; "" where it is not known."""
     if moment is None:
         return ""
     seconds = max((datetime.now(UTC) - moment).total_seconds(), 0.0)

@@ -208,7 +208,7 @@ def retrieved_from(rows: Sequence[RetrievedSource]) -> tuple[RetrievedFrom, ...]
 
 
 def layer_rows(memory: Memory, retrieved: Sequence[Sequence[RetrievedSource]]) -> tuple[LayerRows, ...]:
-    """Return what each layer of the first stream holds, and the ages of what it retrieved."""
+    """Return the numbers of rows in each layer of the first stream, and the ages of the retrieved ones."""
     state, store = memory.states[0], memory.stores[0]
     held = {state.lists[name]: counts for name, counts in state.counts().items()}
     found = []
@@ -281,7 +281,7 @@ def continue_story(model: MemoryModel, memory: Memory, story: Sequence[int]) -> 
 
 
 def _in_new_process(folder: Path, threads: int) -> Continuation:
-    """Return what ``continue_saved`` returns in a Python process of its own."""
+    """Run ``continue_saved`` in a Python process of its own, and return its result."""
     command = [sys.executable, "-m", "mplus.cli", "demo-continue", str(folder), "--threads", str(threads)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own program
     if child.returncode:

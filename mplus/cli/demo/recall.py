@@ -281,5 +281,5 @@ def short_term_only(memory: Memory) -> Memory:
 
 
 def right(asked: Sequence[Asked]) -> int:
-    """Return how many were answered right."""
+    """Return the number of right answers."""
     return sum(one.right for one in asked)

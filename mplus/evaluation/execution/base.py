@@ -55,7 +55,7 @@ class Due:
 
     @property
     def told(self) -> int:
-        """Return how many passages have been told so far."""
+        """Return the number of passages told so far."""
         return self.question.after + self.age + 1
 
     @property
@@ -200,7 +200,7 @@ class Execution(ABC, Generic[M, W]):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Return how many times ``moments`` advances the progress."""
+        """Return the number of times that ``moments`` advances the progress."""
 
     @abstractmethod
     def moments(self, advance: Advance | None = None) -> Iterator[M]:
@@ -209,7 +209,7 @@ class Execution(ABC, Generic[M, W]):
     @property
     @abstractmethod
     def answer_tokens(self) -> int:
-        """Return how many tokens an answer may have."""
+        """Return the most tokens that an answer may have."""
 
     @abstractmethod
     def passage(self, due: Due, number: int) -> list[int]:
@@ -264,7 +264,7 @@ class Execution(ABC, Generic[M, W]):
 
     @abstractmethod
     def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
-        """Return what retriever health compares, by name, the decoder's own first.
+        """Return the retrievers that retriever health compares, by name, the decoder's own first.
 
         None stands for chance, or where a decoder has no retriever for the choice of its mechanism.
 

@@ -177,7 +177,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         return found
 
     def choose(self, moment: MemoryMoment, due: Sequence[Due]) -> list[Choice]:
-        """Return what reads of these questions bring back, of a mechanism that chooses chunks for a whole text."""
+        """Return the chunks that reads of these questions bring back, of a mechanism that chooses for a whole text."""
         found: list[Choice] = []
         for part, streams in self._parts(moment, due):
             seen: list[Choice] = []

@@ -155,7 +155,7 @@ class StreamWay:
     oracle: bool = False
 
     def chosen(self, moment: StreamMoment) -> RowSelector | None:
-        """Return what brings rows back for these questions."""
+        """Return the selector of rows for these questions."""
         return OracleSelector(moment.about) if self.oracle else self.selector
 
 

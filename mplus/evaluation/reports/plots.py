@@ -71,7 +71,7 @@ def check_paths(paths: Iterable[Path]) -> None:
 
 
 def caption(report: Report) -> str:
-    """Return what stands under the figure."""
+    """Return the lines of text under the figure."""
     parts = [f"Accuracy over age ({report.protocol}); bands are 95 % intervals."]
     if report.theory:
         laws = "; ".join(f"{curve.name} {curve.formula}" for curve in report.theory)

@@ -91,7 +91,7 @@ def _table(report: Report, ages: Sequence[int]) -> Table:
 
 
 def remarks(report: Report) -> list[str]:
-    """Return what the numbers of the table do not say: chance, formulas, arms without numbers, deviations."""
+    """Return the notes below the table: chance, formulas, arms without numbers, deviations."""
     found = []
     for name, value in (("chance", report.chance), ("borderline (told nothing)", report.borderline)):
         if value is not None:

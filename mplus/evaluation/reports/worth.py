@@ -80,7 +80,7 @@ def _share(found: Estimate) -> str:
 
 
 def worth_remarks(report: Report) -> list[str]:
-    """Return what the tables do not say: rows beside the same chunks as text, digests of memories, missing arms."""
+    """Return the notes below the tables: rows beside the same chunks as text, digests of memories, missing arms."""
     memories = cast("dict[str, dict[str, Any]]", report.settings.get("memory", {}))
     found = [
         f"config of {label}: digest {config['digest']}" for label, config in memories.items() if "digest" in config

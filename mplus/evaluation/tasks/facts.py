@@ -84,7 +84,7 @@ class Facts(Task):
 
     @property
     def questions(self) -> int:
-        """Return how many questions are asked at each age."""
+        """Return the number of questions that are asked at each age."""
         return self.streams * self.rounds
 
     @property
@@ -105,7 +105,7 @@ class Facts(Task):
 
     @cached_property
     def told(self) -> list[Told]:
-        """Return what each stream is told, as numbers of facts and ids."""
+        """Return the facts that each stream is told, as their numbers and as ids."""
         streams = []
         for stream in range(self.streams):
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + FIRST_STREAM + stream) % 2**63)

@@ -63,7 +63,7 @@ def _sorted(
 
 
 def _kind(engine: DecoderEngine, request: RowRequest) -> Hashable:
-    """Return what is equal in requests that one forward can read, as far as they say it; None: in no two."""
+    """Return a key that is equal for requests that one forward can read together; None: for no two."""
     asked = (request.min_score, request.query_tokens is None, request.retrieval_query is None)
     if request.memory is None and request.retrieve_every is None:
         return (False, *asked)

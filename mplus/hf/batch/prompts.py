@@ -129,7 +129,7 @@ def read_together(model: WrappedModel, requests: Sequence[RowRequest]) -> list[R
 
 
 def _arguments(requests: Sequence[RowRequest]) -> ReadArguments:
-    """Return what the forward of these requests asks for, as ``generate`` takes it."""
+    """Return the arguments of the forward that reads these requests, as ``generate`` takes them."""
     first, several = requests[0], len(requests) > 1
     # Requests of one kind, so that all of them say a number or a query, or none does.
     query_tokens = cast("list[int]", [one.query_tokens for one in requests])

@@ -236,7 +236,7 @@ class RowBuffer:
 
 
 def length_of(layers: Sequence[Sequence[KeysValues]]) -> int:
-    """Return how many columns a row of these parts has."""
+    """Return the number of columns of a row of these parts."""
     return sum(keys.shape[1] for keys, _ in layers[0])
 
 

@@ -61,7 +61,7 @@ class SteppedRows:
                 buffer.reserve(sum(copies for _, copies in own), longest, own[0][0])
 
     def _place(self, read: ReadPrompt) -> int:
-        """Return which buffer takes a prompt."""
+        """Return the number of the buffer that takes a prompt."""
         # The first decoder has the reading adapter merged into its weights, the last one has none.
         return 0 if read.adapted else len(self._buffers) - 1
 
@@ -140,7 +140,7 @@ class SteppedRows:
 
 
 def _last_position(model: WrappedModel) -> int | None:
-    """Return how many positions a decoder has learned; None: its positions are no table that could end."""
+    """Return the number of positions a decoder has learned; None: its positions are no table that could end."""
     engine, config = model.mplus_engine, model.config.get_text_config(decoder=True)
     if isinstance(engine, TextEngine):
         return known_positions(config) if getattr(config, "rope_parameters", None) is None else None

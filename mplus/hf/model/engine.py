@@ -116,7 +116,7 @@ class DecoderEngine:
 
     @property
     def memory_rows(self) -> Literal["projected", "hidden", "both"]:
-        """Return what new memories keep of a row, by the config; see ``MPlusConfig.memory_rows``."""
+        """Return the form in which new memories keep rows, by the config; see ``MPlusConfig.memory_rows``."""
         wanted, keeps = self.config.memory_rows, self.mechanism.keeps
         if wanted != "auto":
             if wanted not in keeps:
@@ -180,7 +180,7 @@ class DecoderEngine:
         return self.need_projection().rows(layer, hidden.to(self.device)).to(hidden.device)
 
     def need_projection(self) -> Projection:
-        """Return how rows are kept projected. Raises NotSupported where they cannot be."""
+        """Return the projection of rows to keys and values. Raises NotSupported where they cannot be."""
         if isinstance(self.projection, str):
             raise NotSupported(f"rows cannot be kept projected in {type(self.model).__name__}: {self.projection}")
         return self.projection
@@ -200,7 +200,7 @@ class DecoderEngine:
         return self.watch.look().weights if adapters is None else self.watch.with_adapters(adapters)
 
     def prepared(self, memory: Memory, version: int, look: Look, *, together: bool = False) -> Any:
-        """Return what reads of ``memory`` in this version share; None where its rows are projected by every read.
+        """Return the prepared rows that all reads of this version share; None where every read projects its rows.
 
         Rows that are kept as hidden states are projected once for reads ``together`` with other memories.
         """

@@ -170,7 +170,7 @@ class _Checks:
     def _read(
         self, rows: int = 1, memory: bool = True, view: StreamView | None = None, **inputs: Tensor
     ) -> list[Tensor]:
-        """Return what ``observe`` finds in a forward of the decoder."""
+        """Return logits ``[B, T, V]`` and attention outputs of a forward, as ``observe`` does."""
         reading = Reading(self.engine.mechanism, [self.view if view is None else view] * rows)
         with generating(self.model, reading) if memory else _nothing():
             return observe(self.anatomy, lambda: self.model(**inputs).logits)

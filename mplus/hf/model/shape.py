@@ -40,7 +40,7 @@ def first_token(decoder: nn.Module) -> int | None:
 
 
 def decoder_shape(decoder: PreTrainedModel, retrofit: Retrofit) -> DecoderShape:
-    """Return what mechanisms are told of a decoder; runs one pass of a token."""
+    """Return the sizes, dtype and begin rows of a decoder that mechanisms build on; runs one pass of a token."""
     anatomy = retrofit.anatomy
     config = decoder.config.get_text_config(decoder=True)
     inputs, embedding = begin_inputs(decoder, anatomy), cast("nn.Embedding", decoder.get_input_embeddings()).weight

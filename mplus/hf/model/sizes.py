@@ -77,7 +77,10 @@ def _retrieved(sizes: dict[str, int], config: MPlusConfig) -> int:
 
 
 def known_positions(config: PreTrainedConfig) -> int | None:
-    """Return how many positions the decoder was made for. A sliding window is no limit: all layers see all memory."""
+    """Return the number of positions a decoder was made for.
+
+    A sliding window is no limit: all layers see all memory.
+    """
     given = [getattr(config, name, None) for name in NAMES]
     known = next((n for n in given if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
     scaling = _rotary(config)

@@ -237,7 +237,7 @@ def mark_learned(prompt: Prompt) -> Prompt:
 
 
 def embedded_by(model: PreTrainedModel | PeftModel | None) -> int:
-    """Return how many virtual tokens a PeftModel embeds in front of a text; 0 for what is no PeftModel.
+    """Return the number of virtual tokens that a PeftModel embeds in front of a text; 0 for what is no PeftModel.
 
     Virtual tokens that are keys and values (prefix tuning) pass through no layer, so they do not count.
     """

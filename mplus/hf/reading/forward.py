@@ -76,9 +76,9 @@ def forward_with_memory(
 
 
 def arguments_of(model: WrappedModel, asked: GivenArguments) -> ReadArguments | None:
-    """Return what a call reads: as it asks, or, where it names no memory, as the ``model.reading`` around it says.
+    """Return the memory that a call reads, and how: as it asks, else as the ``model.reading`` around it says.
 
-    None where nothing is asked and there is no block.
+    The block counts where the call names no memory. None where nothing is asked and there is no block.
     """
     changed = cast("GivenArguments", {name: one for name, one in asked.items() if one is not DEFAULTS[name]})
     around = None if "memory" in changed else model.mplus_engine.readings.current()
@@ -115,7 +115,7 @@ def _read(
 
 
 def _reading_of(model: WrappedModel, arguments: ReadArguments, inputs: ForwardInputs) -> Reading:
-    """Return what the call reads: a new reading, or that of the cache it goes on with."""
+    """Return the reading of a call: a new one, or that of the cache it goes on with."""
     engine, text = model.mplus_engine, inputs.text
     reading = check_cache(inputs.cache, arguments.memory, arguments.reuse_memory_cache)
     if reading is None:

@@ -83,7 +83,7 @@ class GenerateCall:
         return cast("int | None", self[name])  # transformers checks it
 
     def read_arguments(self, readings: OpenReadings) -> ReadArguments:
-        """Return what the call reads: as it says, else as a block of ``model.reading``, else as the model's config.
+        """Return the memory the call reads, and how: as it says, else a block of ``model.reading``, else the config.
 
         Where a call names a memory, a block does not count. A generation within one of this model (a draft of an
         assistant) goes by its keywords alone, since its forwards read what the one around it reads.
@@ -128,7 +128,7 @@ class GenerateCall:
         return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == prompt else None
 
     def further_tokens(self, prompt: int) -> int:
-        """Return how many tokens may be read behind a prompt of so many tokens: all new ones but the last."""
+        """Return the number of tokens that may be read behind a prompt of so many: all new ones but the last."""
         new, longest = self.number("max_new_tokens"), self.number("max_length")
         most = new if new is not None else 0 if longest is None else longest - prompt
         return max(most - 1, 0)

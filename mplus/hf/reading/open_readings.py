@@ -62,7 +62,7 @@ class OpenReadings:
         _ENTERED.set(tuple(one for one in _ENTERED.get() if one is not entered))
 
     def current(self) -> ReadArguments | None:
-        """Return what a call in this context reads, or None where no block is open for it.
+        """Return the arguments of the block that a call in this context is in, or None where none is open for it.
 
         Raises:
             NotSupported: only other threads have opened blocks, and not for all threads.

@@ -121,7 +121,7 @@ class Reading:
         )
 
     def need_opened(self) -> Opened:
-        """Return what ``open`` made; of a reading that was made by hand, one that nothing was prepared for."""
+        """Return the state that ``open`` made; of a reading that was made by hand, an empty one."""
         if self.opened is None:
             self.opened = Opened(self.views, prepared=self._as_kept())
         return self.opened
@@ -283,7 +283,7 @@ def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:
 
 
 def _described(layer: int, retrieved: Retrieved, view: StreamView) -> list[RetrievedSource]:
-    """Return what one layer retrieved for one batch row."""
+    """Return the rows, or whole chunks, that one layer retrieved for one batch row."""
     rows, newest, known = retrieved.rows, view.state.clock - 1, view.state.sources
     lengths, firsts = [1] * len(retrieved.ids), list(range(len(retrieved.ids)))
     if retrieved.units is not None:

@@ -133,7 +133,7 @@ class ReadSource:
         return self.text_mask[::step, : hidden.shape[1]]
 
     def _due(self, hidden: Tensor) -> Window:
-        """Return which rows retrieve anew in this forward; the same in all layers."""
+        """Return the rows that retrieve anew in this forward, with their tokens; the same in all layers."""
         if self._window is None:
             reading, text = self.reading, self._text(hidden).cpu()
             first = 1 if self.piece else hidden.shape[1]

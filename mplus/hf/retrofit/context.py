@@ -31,7 +31,7 @@ class PrefixSource(Protocol):
     """The memory of a pass, layer by layer."""
 
     def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...] | Attended | None:
-        """Return what a layer sees in front of its text ``[B, T, d]`` (after the input norm), oldest first."""
+        """Return the segments in front of a layer's text ``[B, T, d]`` (after the input norm), oldest first."""
 
 
 @define(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Collection:
         return hidden if self.last is None else hidden[:, hidden.shape[1] - self.last :]
 
     def result(self, hidden: Tensor | None) -> PassResult:
-        """Return what was gathered, with the final hidden state."""
+        """Return the gathered states ``[B, T, d]``, with the final hidden state."""
         inputs, outputs = (tuple(found[layer] for layer in sorted(found)) for found in (self.inputs, self.outputs))
         states, calls = tuple(self.hidden_states), tuple(self.calls)
         return PassResult(hidden, inputs, outputs, hidden_states=states, calls=calls)
@@ -135,7 +135,7 @@ def with_merged(model: nn.Module, merged: Mapping[nn.Module, nn.Module]) -> Iter
 
 
 def merged_for(model: nn.Module) -> Mapping[nn.Module, nn.Module]:
-    """Return what reads of ``model`` in this context run with in the place of its projections."""
+    """Return the modules that run in the place of ``model``'s projections in reads of this context, by projection."""
     found = _MERGED.get()
     return found[1] if found is not None and found[0] is model else {}
 

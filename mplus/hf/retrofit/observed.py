@@ -19,10 +19,10 @@ class AttentionObserver(Protocol):
     """Stands around what one decoder layer does with all tokens of a text at once."""
 
     def prefix(self, make: Callable[[], T]) -> T | None:
-        """Return what ``make`` makes of a memory for the layer's attention, or None in its place."""
+        """Return the memory that ``make`` makes for the layer's attention, or None in its place."""
 
     def attend(self, attend: Callable[[], Weighted], query: Tensor, key: Tensor, value: Tensor) -> Weighted:
-        """Return what ``attend`` computes of the text's ``[B, H or Hkv, T, D]``, or something in its place."""
+        """Return the attention that ``attend`` computes of the text ``[B, H or Hkv, T, D]``, or one in its place."""
 
 
 _CURRENT: ContextVar[AttentionObserver | None] = ContextVar("mplus_attention_observer", default=None)

@@ -58,14 +58,14 @@ class MemoryPositions:
         return found.clamp(min=0) if self.offset else found
 
     def extent(self, rows: int) -> int:
-        """Return how many positions in front of the text ``rows`` memory rows take."""
+        """Return the number of positions in front of the text that ``rows`` memory rows take."""
         if self.layout == "constant":
             return min(rows, 1)
         return min(rows, self.span) if self.layout == "compressed" and self.span is not None else rows
 
 
 def rotary_at(spec: AttentionSpec, like: Tensor, positions: Tensor) -> Embeddings | None:
-    """Return what the decoder's rotary module makes at ``positions`` ``[B or 1, P]`` int64; None: there is none.
+    """Return the rotary embeddings of the decoder at ``positions`` ``[B or 1, P]`` int64; None: it has none.
 
     Dtype and device are those of ``like``. The recorded call is repeated with its tensors exchanged: floating ones by
     ``like``, whole numbers by ``positions``.

@@ -48,7 +48,7 @@ def ask(
     choices: Sequence[str] = (),
     patience: int = 1,
 ) -> str:
-    """Return what the decoder puts behind a prompt; see ``mplus.mechanisms.decoder.Decoder.ask``.
+    """Generate the text behind a prompt, greedily; see ``mplus.mechanisms.decoder.Decoder.ask``.
 
     Args:
         model: the wrapped decoder.
@@ -124,7 +124,7 @@ class Asking:
     def __call__(
         self, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = (), patience: int = 1
     ) -> str:
-        """Return what greedy decoding puts behind a prompt."""
+        """Generate the text behind a prompt, greedily."""
         return ask(self.model, self.tokenizer, prompt, tokens, stop, choices, patience)
 
     def count(self, text: str) -> int:

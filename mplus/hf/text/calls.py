@@ -151,14 +151,14 @@ class Continuation:
         return known_positions(self.engine.model.config.get_text_config(decoder=True))
 
     def _chosen(self, context: list[int], choices: Sequence[str]) -> str | None:
-        """Return which of ``choices`` the decoder calls with behind a text; None where its positions are at an end."""
+        """Return the one of ``choices`` that the decoder calls with behind a text; None where no position is left."""
         mechanism, tokenizer = self.engine.mechanism, self.reading.tokenizer
         opened = [*context, *encoded(tokenizer, mechanism.opens or "", inside=True)]
         found = choose(self.engine.model, tokenizer, opened, [choice + mechanism.closes for choice in choices])
         return None if found is None else found.removesuffix(mechanism.closes)
 
     def _before(self, new: list[int], text: str, at: int) -> tuple[int, list[int]]:
-        """Return how many tokens of ``new`` lie whole in ``text[:at]``, and the tokens of ``text[:at]``."""
+        """Return the number of tokens of ``new`` that lie whole in ``text[:at]``, and the tokens of ``text[:at]``."""
         decode = self.reading.tokenizer.decode
         ends = [len(str(decode(new[:count]))) for count in range(len(new) + 1)]
         whole = max(count for count, end in enumerate(ends) if end <= at)
@@ -186,7 +186,7 @@ class Continuation:
         return call if closed and opens not in call else None
 
     def _generated(self, context: list[int], tokens: int, end: StoppingCriteria) -> list[int]:
-        """Return what the decoder puts behind ``context``, until ``end``; () where its positions are at an end."""
+        """Generate the tokens behind ``context``, until ``end``; () where the decoder's positions are at an end."""
         most = tokens if self.positions is None else min(tokens, self.positions - len(context))
         if most < 1:
             return []

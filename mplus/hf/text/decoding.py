@@ -95,7 +95,7 @@ def late(
     mark: str,
     patience: int,
 ) -> str:
-    """Return what greedy decoding without ``mark`` puts behind a prompt, up to the best place for the mark.
+    """Generate the text behind a prompt greedily, without ``mark``, up to the best place for the mark.
 
     A mark of several tokens is as probable as all of them, one behind the other. Where there is no place for it, the
     answer ends with the text.

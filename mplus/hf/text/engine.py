@@ -100,7 +100,7 @@ class TextEngine:
         return self.mechanism.search(self.asking(known), view, text, k, known)
 
     def asking(self, tokenizer: PreTrainedTokenizerBase) -> Ask:
-        """Return what asks the decoder through ``tokenizer``."""
+        """Return an interface to ask the decoder for texts, through ``tokenizer``."""
         return Asking(self.model, tokenizer)
 
     def check_wrapped(self) -> None:
@@ -121,7 +121,7 @@ class TextEngine:
                 )
 
     def fingerprint(self, saved: Mapping[str, JsonValue] | None = None) -> dict[str, JsonValue]:
-        """Return what a memory of text is bound to: the mechanism by name, and nothing of the decoder."""
+        """Return the facts that a memory of text is bound to: the mechanism by name, and nothing of the decoder."""
         return {
             "layers": ROWS.layers,
             "hidden_size": ROWS.hidden_size,

@@ -153,7 +153,7 @@ def recalled(
     *,
     inside: bool,
 ) -> Recalled:
-    """Return what the mechanism recalls of one stream.
+    """Return the text that the mechanism recalls of one stream.
 
     Args:
         engine: of the decoder.

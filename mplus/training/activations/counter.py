@@ -42,7 +42,7 @@ class ActivationCounter:
         self.peak_device, self.peak_host, self.recomputed_tokens = self.device, self.host, 0
 
     def metrics(self) -> dict[str, float]:
-        """Return what was found since ``restart`` as metrics of a training step."""
+        """Return bytes and tokens counted since ``restart``, as metrics of a training step."""
         return {
             "saved_device_bytes": float(self.peak_device),
             "saved_host_bytes": float(self.peak_host),

@@ -36,11 +36,11 @@ class LayerRun(ABC):
 
     @property
     def observer(self) -> AttentionObserver | None:
-        """Return what stands around attention in the forward; None: nothing does."""
+        """Return the observer that stands around attention in the forward; None: none does."""
         return None
 
     def forward(self) -> LayerOutput:
-        """Return what the layer makes of the hidden states."""
+        """Run the layer on its hidden states ``[B, T, d]``, and take note of what autograd saves."""
         hidden, self._hidden = self._need_hidden(), None
         with saved_tensors_hooks(self._pack, self._unpack):
             output = self.call.run(hidden, self.observer)

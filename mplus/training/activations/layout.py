@@ -47,7 +47,7 @@ class SavedLayout:
         return SavedLayout(tuple(tensor.shape), tuple(tensor.stride()), order, sizes, gaps, blocks)
 
     def key(self, tensor: Tensor) -> StorageKey:
-        """Return what is equal for tensors that show the same numbers of the same storage."""
+        """Return a key that is equal for tensors that show the same numbers of the same storage."""
         cut = self.sizes + self.strides if self.blocks is None else self.blocks
         return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), math.prod(self.sizes), cut
 
@@ -82,7 +82,7 @@ def _once(tensor: Tensor) -> Tensor:
 
 
 def token_dimension(shape: Size, batch: int, tokens: int) -> int | None:
-    """Return which dimension of a contiguous tensor's ``shape`` holds the tokens of ``batch`` texts; None: none does.
+    """Return the dimension of a contiguous tensor's ``shape`` that holds tokens of ``batch`` texts; None: none does.
 
     ``[B, T, ...]``, ``[B, H, T, ...]``, or both in one dimension of ``[B T, ...]``, which is then dimension 0.
     """

@@ -117,7 +117,7 @@ class ActivationPlan:
         return self.activations == "memo" and self.swapped_share != 1
 
     def swapped(self, index: int, sizes: LayerBytes, tokens: int) -> int:
-        """Return how many of a layer's tokens are swapped; see ``mplus.training.activations.swapped_layer.Budget``."""
+        """Return the number of a layer's tokens that are swapped; see ``swapped_layer.Budget``."""
         left = self.layers - KEPT_LAYERS - index
         room = None if self.host_bytes is None else (self.host_bytes - self.counter.host) // left
         whole = sizes.input + sizes.attention

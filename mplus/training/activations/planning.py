@@ -106,7 +106,7 @@ def swapped_share(sizes: LayerBytes, *, transferable: float = math.inf, host: fl
 
 
 def swapped_tokens(share: float, tokens: int) -> int:
-    """Return how many of a text's tokens a share is: ``floor(share tokens)``, rounding errors aside."""
+    """Return the number of a text's tokens that a share is: ``floor(share tokens)``, rounding errors aside."""
     return min(tokens, int(share * tokens + 1e-9))
 
 

@@ -30,7 +30,7 @@ class MemoPlayer(BehaviourPlayer):
     system: ClassVar[str] = "memo"
 
     def compute(self, name: str, given: Mapping[str, Any]) -> JsonValue:
-        """Return what comes out of a behaviour. Raises Unavailable for the planning of addresses."""
+        """Return the outcome of a behaviour. Raises Unavailable for the planning of addresses."""
         if name in {"address planning", "two levels of planning"}:
             raise Unavailable(ADDRESSES)
         if name not in BEHAVIOURS:

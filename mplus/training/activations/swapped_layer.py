@@ -38,7 +38,7 @@ class Budget(Protocol):
         """Return whether a layer's tokens may be recomputed."""
 
     def swapped(self, index: int, sizes: LayerBytes, tokens: int) -> int:
-        """Return how many of a layer's tokens are swapped. Raises HostMemoryError where the host has no room."""
+        """Return the number of a layer's tokens that are swapped. Raises HostMemoryError where the host has no room."""
 
     def is_checked(self, index: int) -> bool:
         """Return whether a recomputation of this layer gave what the layer had saved; from now on it has."""

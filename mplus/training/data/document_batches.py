@@ -134,7 +134,7 @@ class DocumentBatches(BatchSource):
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Return what this source's streams passed over.
+        """Return the documents that this source's streams passed over, counted by reason.
 
         Reason -> documents, and "unused_tokens" at ends of documents.
 

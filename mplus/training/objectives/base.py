@@ -67,7 +67,7 @@ class Objective(ABC):
 
     @property
     def chunks(self) -> int:
-        """Return how many chunks a batch for this objective should have."""
+        """Return the number of chunks that a batch for this objective should have."""
         return int(getattr(self.options, "chunks", 0))
 
     @property

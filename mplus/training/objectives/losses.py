@@ -162,7 +162,7 @@ class RetrieverLoss:
 
 
 def _there(tensor: Tensor | None) -> Tensor:
-    """Return what a read made for a retriever loss. Raises ConfigError where it made nothing."""
+    """Return a tensor of a read that a retriever loss needs. Raises ConfigError where the read made none."""
     if tensor is None:
         raise ConfigError("a retriever loss needs a read made with its own candidates, and a retriever with keys")
     return tensor

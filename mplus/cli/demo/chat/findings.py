@@ -35,7 +35,7 @@ class ArmFinding:
 
     @property
     def right(self) -> int:
-        """Return how many were answered right."""
+        """Return the number of right answers."""
         return sum(bool(one.right) for one in self.said)
 
     @property

@@ -186,7 +186,7 @@ def _wanted(quiet: bool) -> bool:
 def ask_in_new_process(
     choice: ModelChoice, said: tuple[Said, ...], folder: Path, threads: int, quiet: bool
 ) -> Reopened:
-    """Return what a Python process of its own answers, which opens the memory in ``folder``."""
+    """Return the answers of a Python process of its own, which opens the memory in ``folder``."""
     asked = JSON.unstructure({"model": choice, "questions": [one.question for one in said]})
     (folder / QUESTIONS).write_text(json.dumps(asked) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "mplus.cli", "demo-reopen", str(folder), "--threads", str(threads)]
