@@ -19,7 +19,7 @@ class FsdpPlugin(Protocol):
 
 
 class AcceleratorState(Protocol):
-    """What accelerate knows of the run, as far as it is set here."""
+    """The part of accelerate's own state that is set here."""
 
     fsdp_plugin: FsdpPlugin
 
