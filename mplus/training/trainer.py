@@ -298,7 +298,6 @@ class Trainer:
         if until is None:
             return False
         value = metrics.get(until.metric)
-        # A step may give the metric in some processes only: the mean is over those.
         total, count = sum_over_processes([value or 0.0, float(value is not None)])
         if count:
             recent.append(total / count)
@@ -326,9 +325,8 @@ class Trainer:
         options = self.recipe.checkpoints
         due = options.every_steps is not None and self.state.step % options.every_steps == 0
         if options.every_minutes is not None:
-            # The clock of the first process decides, since all of them must save at the same step.
             late = time.monotonic() - self._saved_at >= 60 * options.every_minutes
-            due = bool(sum_over_processes([float(late and rank() == 0)])[0]) or due
+            due = bool(sum_over_processes([float(late and rank() == 0)])[0]) or due  # all save at the same step
         if due:
             self.save()
 
