@@ -23,7 +23,8 @@ from mplus.cli.plugins import plugins
 from mplus.cli.replay import replay
 from mplus.cli.serving import keys as serving_keys
 from mplus.cli.serving.serve import serve
-from mplus.cli.train import train
+from mplus.cli.training.train import train
+from mplus.cli.training.train_retriever import train_retriever
 from mplus.errors import MPlusError
 
 EXIT_CODE = 2
@@ -78,6 +79,7 @@ def _app() -> typer.Typer:
     commands.command()(replay)
     commands.command()(serve)
     commands.command()(train)
+    commands.command()(train_retriever)
     commands.command("import")(import_checkpoint)
     memory = typer.Typer(no_args_is_help=True, help="Look at memories on disk, and at single sources of them.")
     memory.command()(show)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from attrs import define, field
@@ -159,6 +160,13 @@ class Mechanism(ABC):
 
     def take_calibrations(self, known: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have none
         """Take over what ``calibrations_known`` gave for an equal decoder."""
+
+    def save_retriever(self, folder: Path) -> Mapping[str, str]:
+        """Write the files that options of the retriever name into a folder, for ``save_pretrained``.
+
+        Returns the name of each there, by the name of the option; by default there are none.
+        """
+        return {}
 
     def search(self, decoder: Any, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
         """Return what ``text`` would bring back from a stream, the best first, ``k`` at most; nothing is generated.

@@ -50,6 +50,8 @@ class SmallTokenizer:
 class SmallDecoder:
     """A decoder of fixed random embeddings, whose hidden states know what stood in front of each token."""
 
+    weights = "small"
+
     def __init__(self, shape: ChunkShape = SHAPE) -> None:
         generator = torch.Generator().manual_seed(0)
         self.layers = torch.randn(shape.depth + 1, WORDS, shape.hidden_size, generator=generator)

@@ -29,6 +29,7 @@ COMMANDS = {
     "replay",
     "serve",
     "train",
+    "train-retriever",
 }
 ENV = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
 

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mplus.cli import app
-from mplus.cli.train import parse
+from mplus.cli.training.train import parse
 from mplus.errors import ConfigError
 
 RECIPE = """

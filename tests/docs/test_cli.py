@@ -22,6 +22,7 @@ COMMANDS = {
     "replay",
     "serve",
     "train",
+    "train-retriever",
     "import",
     "memory show",
     "memory verify",

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from mplus.config import JsonValue, MPlusConfig
+from mplus.config import Component, JsonValue, MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
+from mplus.retrievers.chunks.trained import SAVED
 
 MODEL_TYPE = "mplus"
 
@@ -45,6 +47,14 @@ class MPlusModelConfig(PreTrainedConfig):
     def memory_config(self) -> MPlusConfig:
         """The memory configuration."""
         return MPlusConfig.from_dict(self.mplus)
+
+    def memory_config_in(self, folder: Path) -> MPlusConfig:
+        """Return the memory configuration as it was saved in a folder, with the files there that it names."""
+        config = self.memory_config
+        files = {option: str(folder / SAVED) for option, value in config.retriever.options.items() if value == SAVED}
+        if not files:
+            return config
+        return evolve(config, retriever=Component(config.retriever.name, {**config.retriever.options, **files}))
 
     def decoder_config(self) -> PreTrainedConfig:
         """Return the decoder's own configuration object. Raises CheckpointError where there is none."""
@@ -85,7 +95,7 @@ def as_memory_config(config: MPlusConfig | Mapping[str, JsonValue] | str | Path 
     path = Path(config)
     if not path.exists():
         raise ConfigError(f"config must be the path of a .json or .toml file or of a saved model, got {str(path)!r}")
-    return read_config(path).memory_config if path.is_dir() else MPlusConfig.from_file(path)
+    return read_config(path).memory_config_in(path) if path.is_dir() else MPlusConfig.from_file(path)
 
 
 def base_class_of(config: MPlusModelConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:

@@ -80,7 +80,7 @@ def from_pretrained(
     if inner != folder and isinstance(decoder, PreTrainedModel) and not hasattr(decoder, "peft_config"):
         decoder = with_adapters(decoder, folder, trainable)
     load_injected(decoder, inner, trainable)
-    model = wrap(decoder, config.memory_config, pool=additions.get("mplus.pool"), check=check)
+    model = wrap(decoder, config.memory_config_in(inner), pool=additions.get("mplus.pool"), check=check)
     load_additions(model, additions, str(path))
     load_calibrations(model, inner)
     return model

@@ -156,13 +156,15 @@ class SavesAdditions(PushToHub, WrappedModel):  # type: ignore[misc]
         else:
             (folder / CALIBRATIONS).unlink(missing_ok=True)  # of an earlier save
         adapters = save_injected(self, folder, state)
-        config = _model_config(self)
+        files = self.mplus_engine.mechanism.save_retriever(folder)
+        config = _model_config(self, files)
         config.save_pretrained(folder)
         (folder / "README.md").write_text(_model_card(self, config, save_base, tags), encoding="utf-8")
         if push_to_hub:
             patterns = [
                 WEIGHTS,
                 CALIBRATIONS,
+                *files.values(),
                 "config.json",
                 "README.md",
                 *adapters,
@@ -194,9 +196,12 @@ def _check_can_save_base(model: WrappedModel, state_dict: Mapping[str, Tensor] |
         )
 
 
-def _model_config(model: WrappedModel) -> MPlusModelConfig:
+def _model_config(model: WrappedModel, files: Mapping[str, str]) -> MPlusModelConfig:
+    """Return the configuration; ``files``: options of the retriever that name files, and their names in the folder."""
+    plain, retriever = model.mplus_config.to_dict(), model.mplus_config.retriever
+    saved = {"retriever": {"name": retriever.name, **retriever.options, **files}} if files else {}
     return MPlusModelConfig(
-        mplus=model.mplus_config.to_dict(),
+        mplus={**plain, **saved},
         base_model=model.config._name_or_path or None,
         base_config={**model.config.to_dict(), "architectures": [type(model).__name__]},
         architectures=["MPlusForCausalLM"],

@@ -74,7 +74,8 @@ class Calibrations:
             return found
         makes: dict[str, tuple[JsonValue, Callable[[BegunDecoder, Any], Tensor]]] = {}
         if self.retriever.calibrates:
-            makes["calibration"] = (self.component.plain(), self.retriever.calibrate)
+            component = Component(self.component.name, {**self.component.options, **self.retriever.files})
+            makes["calibration"] = (component.plain(), self.retriever.calibrate)
         if self.reorders:
             makes["late_interaction"] = (LAYERS, LateInteraction.calibrate)
         for name, (what, make) in makes.items():

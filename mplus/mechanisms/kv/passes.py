@@ -60,6 +60,10 @@ class BegunDecoder:
     keeps_values: bool = False
     _last: tuple[Tensor, PassResult] | None = field(default=None, init=False)
 
+    @property
+    def weights(self) -> str:
+        return self.decoder.weights
+
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Sequence[Tensor]:
         return self._read(ids, mask).hidden_states
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -215,6 +216,9 @@ class KvReads(MemoryMechanism):
 
     def take_calibrations(self, known: Mapping[str, Tensor]) -> None:
         self.calibrations.known.update(known)
+
+    def save_retriever(self, folder: Path) -> Mapping[str, str]:
+        return self.chunk_retriever.save_files(folder)
 
     def search(self, decoder: Decoder, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
         """Return the chunks that ``text`` brings back, scored as in a read, whatever their length."""

@@ -38,6 +38,7 @@ CHUNK_RETRIEVERS: Registry[ChunkRetriever] = Registry(
         "dense": "mplus.retrievers.chunks.dense:DenseRetriever",
         "hidden": "mplus.retrievers.chunks.hidden:HiddenRetriever",
         "hybrid": "mplus.retrievers.chunks.hybrid:HybridRetriever",
+        "trained": "mplus.retrievers.chunks.trained:TrainedRetriever",
         "words": "mplus.retrievers.chunks.words:WordRetriever",
     },
 )

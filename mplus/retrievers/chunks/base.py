@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -59,6 +60,10 @@ class Query:
 
 class ChunkDecoder(Protocol):
     """A decoder that reads questions behind the tokens that begin every chunk."""
+
+    @property
+    def weights(self) -> str:
+        """A digest of its weights."""
 
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Sequence[Tensor]:
         """Run one pass without memory over ``ids`` ``[B, n]``, padded on the right (``mask`` bool, False there).
@@ -119,6 +124,18 @@ class ChunkRetriever(ABC):
     def calibrates(self) -> bool:
         """True where something has to be known of a decoder (``calibrate``)."""
         return type(self).calibrate is not ChunkRetriever.calibrate
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Options that name a file, each with a digest of what that holds; by default none.
+
+        What ``calibrate`` returns is made anew for another content.
+        """
+        return {}
+
+    def save_files(self, folder: Path) -> Mapping[str, str]:
+        """Write what ``files`` are into a folder, for ``save_pretrained``; return the name of each there by option."""
+        return {}
 
     def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
         """Return what has to be known of a decoder to compare texts, as one vector ``[x]`` float32; by default nothing.

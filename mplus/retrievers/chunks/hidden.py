@@ -48,7 +48,7 @@ class Statistics:
             most: layers.
         """
         spread = [torch.stack([means.mean(0), means.std(0) + 1e-4]) for means in (passages, questions)]
-        found = [_standardised(means, one) for means, one in zip((passages, questions), spread, strict=True)]
+        found = [standardised(means, one) for means, one in zip((passages, questions), spread, strict=True)]
         similar = torch.einsum("qld,pld->lqp", found[1], found[0])
         layers: list[int] = []
         while len(layers) < min(most, len(similar)):
@@ -116,11 +116,11 @@ class HiddenRetriever(ChunkRetriever):
     def calibrated(self, decoder: ChunkDecoder, tokenizer: Any) -> tuple[Tensor, Tensor]:
         """Return what ``calibrate`` does, and the scores ``[n, n]`` float64 of all passages for all questions."""
         texts = statements()
-        passages = _means_of([one.passage for one in texts], decoder, tokenizer)
-        questions = _means_of([one.question for one in texts], decoder, tokenizer)
+        passages = means_of([one.passage for one in texts], decoder, tokenizer)
+        questions = means_of([one.question for one in texts], decoder, tokenizer)
         known = Statistics.of(passages, questions, self.options.layers)
-        keys = _standardised(passages[:, known.layers], known.chunks).flatten(1)
-        asked = _standardised(questions[:, known.layers], known.queries).flatten(1)
+        keys = standardised(passages[:, known.layers], known.chunks).flatten(1)
+        asked = standardised(questions[:, known.layers], known.queries).flatten(1)
         similar = torch.stack([known.scores(one, keys) for one in asked])
         return torch.cat([known.flat(), between(similar).float()[None]]), similar
 
@@ -130,7 +130,7 @@ class HiddenRetriever(ChunkRetriever):
             return super().chunk_keys(ids, hidden_states, calibration, tokenizer)
         known = _statistics(calibration)
         means = torch.stack([hidden_states[layer].float().mean(1).cpu() for layer in known.layers.tolist()], 1)
-        return _standardised(means, known.chunks).flatten(1).half()
+        return standardised(means, known.chunks).flatten(1).half()
 
     def query_keys(
         self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Any
@@ -138,8 +138,8 @@ class HiddenRetriever(ChunkRetriever):
         if not len(calibration):
             return super().query_keys(ids, mask, decoder, calibration, tokenizer)
         known = _statistics(calibration)
-        means = _means(decoder.hidden_states(ids, mask), mask, known.layers.tolist())
-        return _standardised(means, known.queries).flatten(1)
+        means = means_of_tokens(decoder.hidden_states(ids, mask), mask, known.layers.tolist())
+        return standardised(means, known.queries).flatten(1)
 
     def scores(self, query: Query, chunks: Chunks) -> Tensor:
         if not compared(chunks):
@@ -159,7 +159,7 @@ def _statistics(calibration: Tensor) -> Statistics:
     return Statistics.from_flat(calibration[:-1])  # the last one is the threshold
 
 
-def _means_of(texts: Sequence[str], decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
+def means_of(texts: Sequence[str], decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
     """Return ``[n, depth + 1, d]``, the mean hidden states of texts, read a few at a time, the long ones together."""
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ids = [torch.as_tensor(one) for one in encoded]
@@ -171,11 +171,11 @@ def _means_of(texts: Sequence[str], decoder: ChunkDecoder, tokenizer: Any) -> Te
         mask = torch.stack([torch.arange(longest) < len(one) for one in some])
         padded = torch.stack([pad(one, (0, longest - len(one))) for one in some])
         states = decoder.hidden_states(padded, mask)
-        found.append(_means(states, mask, range(len(states))))
+        found.append(means_of_tokens(states, mask, range(len(states))))
     return torch.cat(found)[torch.tensor(order).argsort()]
 
 
-def _means(hidden_states: Sequence[Tensor], mask: Tensor, layers: Sequence[int]) -> Tensor:
+def means_of_tokens(hidden_states: Sequence[Tensor], mask: Tensor, layers: Sequence[int]) -> Tensor:
     """Return ``[B, k, d]`` float32 on the CPU: the means over the tokens that ``mask`` ``[B, n]`` says are text."""
     found = []
     for layer in layers:
@@ -185,7 +185,7 @@ def _means(hidden_states: Sequence[Tensor], mask: Tensor, layers: Sequence[int])
     return torch.stack(found, 1)
 
 
-def _standardised(means: Tensor, spread: Tensor) -> Tensor:
+def standardised(means: Tensor, spread: Tensor) -> Tensor:
     """Return ``means`` ``[n, k, d]`` less the mean, over the standard deviation, with length 1 in every layer."""
     return normalize((means - spread[0]) / spread[1], dim=-1)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 from mplus.config import number, whole
 from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, between
 from mplus.retrievers.chunks.hidden import HiddenRetriever, compared
+from mplus.retrievers.chunks.trained import TrainedRetriever
 from mplus.retrievers.chunks.words import WordRetriever, share
 
 
 class HybridRetriever(ChunkRetriever):
     """Adds the scores of "words" and "hidden", whose units are alike: names and numbers, and what a text is about.
+
+    With ``path`` the maps of ``mplus train-retriever`` compare hidden states, as "trained" does.
 
     Without a tokenizer there is nothing to compare hidden states by, and it scores as "words" does.
 
@@ -32,11 +36,13 @@ class HybridRetriever(ChunkRetriever):
         Attributes:
             k1, b: of BM25, as of "words".
             layers: how many layers are compared, as of "hidden".
+            path: the file of "trained", which then takes the place of "hidden"; its layers are those of the training.
         """
 
         k1: float = field(default=1.5, validator=number(0))
         b: float = field(default=0.75, validator=share)
         layers: int = field(default=3, validator=whole(1))
+        path: str | None = None
 
     name = "hybrid"
     collect: ClassVar[frozenset[Literal["hidden"]]] = HiddenRetriever.collect
@@ -46,7 +52,18 @@ class HybridRetriever(ChunkRetriever):
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)
         self.words = WordRetriever(WordRetriever.Options(k1=self.options.k1, b=self.options.b))
-        self.hidden = HiddenRetriever(HiddenRetriever.Options(layers=self.options.layers))
+        self.hidden: HiddenRetriever | TrainedRetriever
+        if self.options.path is None:
+            self.hidden = HiddenRetriever(HiddenRetriever.Options(layers=self.options.layers))
+        else:
+            self.hidden = TrainedRetriever(TrainedRetriever.Options(path=self.options.path))
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        return self.hidden.files
+
+    def save_files(self, folder: Path) -> Mapping[str, str]:
+        return self.hidden.save_files(folder)
 
     def key_size(self, shape: ChunkShape) -> int:
         return self.hidden.key_size(shape)

@@ -65,7 +65,7 @@ class TestDense(ChunkRetrieverConformance):
 
 
 def test_every_one_is_tried() -> None:
-    assert CHUNK_RETRIEVERS.names() == ["dense", "hidden", "hybrid", "words"]
+    assert CHUNK_RETRIEVERS.names() == ["dense", "hidden", "hybrid", "trained", "words"]
 
 
 def test_an_encoder_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""``mplus train`` and ``mplus train-retriever``."""
