@@ -9,6 +9,8 @@ WORKERS := -n 2 --dist worksteal
 export PYTHON
 # Once installed, nothing here needs the network.
 export HF_HUB_OFFLINE := 1
+# Every process that a test starts would compile torch and transformers anew, ten seconds each, where this is set.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint type pytest docs package gpu test-real test-serving test-matrix test-nightly test-cpus clean
 
