@@ -89,36 +89,55 @@ with mplus.Memory.open("tokens-live", model) as live:
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a package of two mechanisms, and memories that a process with the package has written."""
-    folder = tmp_path_factory.mktemp("plugin")
-    info = folder / "site" / "mplus_tokens-0.1.0.dist-info"
+PROCESSES = """
+import os, sys
+import transformers.models.llama.modeling_llama  # what takes seconds; of mplus each process imports its own
+
+site, *programs = sys.argv[1:]
+assert not [name for name in sys.modules if name.partition(".")[0] == "mplus"]
+for program in programs:
+    installed, code = program[0] == "+", program[1:]
+    sys.stdout.flush()
+    if (process := os.fork()) == 0:
+        sys.path[:0] = [site] * installed
+        exec(code, {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    _, status = os.waitpid(process, 0)
+    assert status == 0, status
+"""
+"""Run programs one after another, each in a process of its own, with (+) or without (-) the package on its path."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a package of two mechanisms in ``site``."""
+    info = tmp_path / "site" / "mplus_tokens-0.1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mplus-tokens\nVersion: 0.1.0\n")
     lines = ["[mplus.mechanisms]", "tokens = mplus_tokens:TokenMemory", "diary = mplus_tokens:Diary"]
     (info / "entry_points.txt").write_text("\n".join(lines))
-    (folder / "site" / "mplus_tokens.py").write_text(CLASS + WITH_TENSOR)
-    python(folder, MAKE, installed=True)
-    return folder
+    (tmp_path / "site" / "mplus_tokens.py").write_text(CLASS + WITH_TENSOR)
+    return tmp_path
 
 
-def python(folder: Path, code: str, *, installed: bool) -> str:
-    paths = [str(folder / "site")] * installed + [str(ROOT)]
+def run(folder: Path, *programs: str) -> list[str]:
+    """Run programs in ``folder`` as ``PROCESSES`` does; return the lines that they print."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", PROCESSES, str(folder / "site"), *programs],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout.splitlines()
 
 
 def test_without_the_package_all_works_that_needs_no_decoder(folder: Path) -> None:
-    found: dict[str, Any] = json.loads(python(folder, WITHOUT, installed=False).splitlines()[-1])
+    *_, without, again = run(folder, f"+{MAKE}", f"-{WITHOUT}", f"+{AGAIN}")
+    found: dict[str, Any] = json.loads(without)
     assert found.pop("known") is False
     for name, results in found.items():
         mechanism = name.partition("-")[0]
@@ -135,4 +154,4 @@ def test_without_the_package_all_works_that_needs_no_decoder(folder: Path) -> No
         else:  # only the mechanism knows what its tensors hold of a source
             assert status == 2
             assert "tensors last hold of a source: install its package" in " ".join(said.split())
-    assert json.loads(python(folder, AGAIN, installed=True).splitlines()[-1]) == [["a book"], ["a book"]]
+    assert json.loads(again) == [["a book"], ["a book"]]
