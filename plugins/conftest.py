@@ -13,7 +13,9 @@ import pytest
 from tests.conftest import (  # noqa: F401 - threads, modes and clock as in all other tests
     _cache_of_its_own,
     _proved_once,
+    _stays_frozen,
     _time_stands_still,
+    pytest_collection,
     pytest_collection_finish,
     pytest_collection_modifyitems,
     pytest_unconfigure,

@@ -70,6 +70,15 @@ def _time_stands_still() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _stays_frozen() -> Iterator[None]:
+    """What measures times would thaw, when it ends, what ``pytest_collection_finish`` has frozen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _threads_as_before() -> Iterator[None]:
     """A command that sets the number of torch's threads sets it for its own test only."""
@@ -87,6 +96,16 @@ def _accelerate_collects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = sys.modules.get("accelerate.utils.memory")
     if memory is not None and not NIGHTLY:
         monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect no garbage while modules are imported: there is little of it, and much to be looked through."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:

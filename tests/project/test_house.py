@@ -88,11 +88,10 @@ def room_of(module: str) -> str:
     return ".".join(module.split(".")[1:2])
 
 
-@functools.cache
-def imports(source: str) -> set[str]:
+def imports(tree: ast.Module) -> set[str]:
     """Every module a source imports, wherever the statement stands, and for ``from`` also each name below it."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -102,9 +101,21 @@ def imports(source: str) -> set[str]:
     return found
 
 
-def rooms_imported(source: str) -> set[str]:
-    found = {name for name in imports(source) if name.startswith("mplus.")}
-    return {room_of(name) for name in found - NAMES} & HEIGHT.keys()
+def rooms_imported(found: set[str]) -> set[str]:
+    inside = {name for name in found if name.startswith("mplus.")}
+    return {room_of(name) for name in inside - NAMES} & HEIGHT.keys()
+
+
+@functools.cache
+def modules() -> dict[str, house.Module]:
+    return house.read_modules(ROOT)
+
+
+@functools.cache
+def imports_of_modules() -> dict[str, set[str]]:
+    found = {name: imports(module.tree) for name, module in modules().items()}
+    assert found.keys() == {name_of(file) for file in MODULES}
+    return found
 
 
 def in_subprocess(code: str) -> object:
@@ -132,13 +143,13 @@ def test_the_page_for_contributors_shows_every_room_and_the_floors():
     assert floors == [floor & rooms for floor in FLOORS]
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_imports_run_downhill(file):
-    room = room_of(name_of(file))
-    if room in {"", "__main__"}:  # the roof: sees everything, lazily
-        return
-    uphill = {other for other in rooms_imported(file.read_text(encoding="utf-8")) if HEIGHT[other] > HEIGHT[room]}
-    assert not uphill, f"{name_of(file)} on floor {HEIGHT[room]} imports from above: {sorted(uphill)}"
+def test_imports_run_downhill():
+    uphill = {
+        name: {other for other in rooms_imported(found) if HEIGHT[other] > HEIGHT[room_of(name)]}
+        for name, found in imports_of_modules().items()
+        if room_of(name) not in {"", "__main__"}  # the roof: sees everything, lazily
+    }
+    assert not {name: sorted(rooms) for name, rooms in uphill.items() if rooms}, "these import from floors above"
 
 
 def test_the_downhill_rule_sees_every_kind_of_import():
@@ -149,12 +160,7 @@ def test_the_downhill_rule_sees_every_kind_of_import():
         "def f():\n    from mplus.hf import wrap",
         "if TYPE_CHECKING:\n    import mplus.hf.wrapper as w",
     ):
-        assert rooms_imported(line) == {"hf"}, line
-
-
-@functools.cache
-def modules() -> dict[str, house.Module]:
-    return house.read_modules(ROOT)
+        assert rooms_imported(imports(ast.parse(line))) == {"hf"}, line
 
 
 def check_shrinks(rule: str, found: set[str]) -> None:
@@ -184,18 +190,17 @@ def test_docstrings_begin_with_a_verb_or_name_the_thing():
     assert not house.no_verb(modules())
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_third_party_packages_stay_in_their_rooms(file):
-    room = room_of(name_of(file))
-    for package in {name.partition(".")[0] for name in imports(file.read_text(encoding="utf-8"))}:
-        assert room in TENANTS.get(package, {room}), f"{name_of(file)} may not import {package}"
-        if room in STATE:
-            assert package != "numpy", f"{name_of(file)}: memory is made of tensors"
+def test_third_party_packages_stay_in_their_rooms():
+    for name, found in imports_of_modules().items():
+        room, packages = room_of(name), {one.partition(".")[0] for one in found}
+        foreign = {package for package in packages if room not in TENANTS.get(package, {room})}
+        assert not foreign, f"{name} may not import {sorted(foreign)}"
+        assert room not in STATE or "numpy" not in packages, f"{name}: memory is made of tensors"
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_only_the_plugins_module_looks_for_entry_points(file):
-    assert not {name for name in imports(file.read_text(encoding="utf-8")) if name.endswith(".entry_points")}
+def test_only_the_plugins_module_looks_for_entry_points():
+    imported = imports_of_modules().items()
+    assert not {name for name, found in imported if any(one.endswith(".entry_points") for one in found)}
 
 
 @pytest.mark.parametrize(
