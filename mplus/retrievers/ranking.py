@@ -16,6 +16,10 @@ BLOCK = 2**20
 """Scores held at a time by ``best_rows``, all texts together; more where many rows are wanted."""
 FEW = 2**13
 """Rows that are all ranked: looking for those that need be takes longer."""
+MANY = 8
+"""Times as many scores as are wanted from which on a sample of them tells which to look at."""
+SAMPLED = 16
+"""Every so-manieth score is in the sample."""
 _LOW = 0xFFFFFFFF
 
 
@@ -104,6 +108,10 @@ def _ranks_of_best(
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if live is not None:
         scores.masked_fill_(~live, -torch.inf)
+    likely = _likely(scores, wanted) if scores.shape[1] >= MANY * wanted else []
+    if likely and all(len(here) >= wanted for here in likely):
+        pairs = zip(scores, likely, strict=True)
+        return torch.stack([top(ranks_of(own[here], here + start), k) for own, here in pairs])
     values, places = scores.topk(wanted, sorted=False)
     lowest = values.amin(-1, keepdim=True)
     counts = (scores >= lowest).sum(-1).tolist()
@@ -115,6 +123,18 @@ def _ranks_of_best(
             here = (own >= least).nonzero().squeeze(1)  # noqa: PLW2901
         found.append(top(ranks_of(own[here], here + start), k))
     return torch.stack(found)
+
+
+def _likely(scores: Tensor, wanted: int) -> list[Tensor]:
+    """Return for each of ``scores`` ``[texts, m]`` the places of all that are as high as about the ``wanted`` best.
+
+    How high these are is guessed from a sample: the places may be fewer, or by chance many, but no other score is as
+    high. Scores of -inf, which removed rows have, are left out.
+    """
+    sample = scores[:, ::SAMPLED]
+    count = min(wanted // SAMPLED * 5 // 4 + SAMPLED, sample.shape[1])
+    lowest = sample.topk(count, sorted=False).values.amin(-1, keepdim=True)
+    return [own.nonzero().squeeze(1) for own in (scores >= lowest) & (scores > -torch.inf)]
 
 
 def _scores_of(pieces: Sequence[_Piece], texts: int, score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -81,6 +81,33 @@ def test_of_two_rows_with_the_last_score_the_first_is_taken(monkeypatch: pytest.
         assert ids[-1] == order[:2].min()
 
 
+@pytest.mark.parametrize("kind", ["drawn", "few values", "sample low", "sample high", "removed", "lowest"])
+def test_a_sample_changes_no_choice(kind: str) -> None:
+    """Far more rows than are wanted: most are left out by a look at every 16th."""
+    generator = torch.Generator().manual_seed(3)
+    count, k = 20_000, 100
+    scores = torch.randn(count, generator=generator)
+    scores[::977] = math.nan
+    live = None
+    if kind == "few values":
+        scores = scores.round()
+    elif kind == "sample low":
+        scores[:: ranking.SAMPLED] -= 100
+    elif kind == "sample high":
+        scores[:: ranking.SAMPLED] += 100
+    elif kind == "removed":
+        live = scores < 1.5
+    elif kind == "lowest":
+        scores = torch.full((count,), -math.inf)
+        live = torch.arange(count) > 50
+    rows = [place for place in range(count) if live is None or bool(live[place])]
+    expected = [rows[place] for place in slow(scores[rows].tolist(), k)]
+    for texts in (1, 2):
+        chunks = [Chunk(torch.arange(count), live, {"key": scores[:, None]})]
+        for ids, _ in best_rows(chunks, texts, k, lambda keys, texts=texts: keys.T.expand(texts, -1)):
+            assert ids.tolist() == expected
+
+
 def test_scores_of_many_rows_are_never_held_together() -> None:
     largest = 0
 

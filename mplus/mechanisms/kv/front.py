@@ -89,13 +89,20 @@ class Front:
 
 def rows_of(view: StreamView, layer: int, places: Tensor) -> Tensor:
     """Return ``[n, w]``, the keys and values of a stream's tokens at ``places`` ``[n]`` int64, as they are kept."""
+    together = view.store.content(layer, "projected")
+    rows = (
+        _looked_for(view, layer, places) if together is None else together.index_select(0, places.to(together.device))
+    )
+    check_finite("keys and values of a memory", rows)  # the begin was looked at when it was made or read
+    return rows
+
+
+def _looked_for(view: StreamView, layer: int, places: Tensor) -> Tensor:
+    """Return the rows of a store in which they do not lie as one tensor."""
     ids = view.store.ids(layer)
     ids = ids[places.to(ids.device)]
     found = view.store.locate(layer, "projected", ids)
     if found is None:
-        rows: Tensor = view.store.gather(layer, ids, leave_out=("key", "expiry")).columns()["projected"]
-    else:
-        column, where = found.contiguous()
-        rows = column.index_select(0, where)
-    check_finite("keys and values of a memory", rows)  # the begin was looked at when it was made or read
-    return rows
+        return view.store.gather(layer, ids, leave_out=("key", "expiry")).columns()["projected"]
+    column, where = found.contiguous()
+    return column.index_select(0, where)

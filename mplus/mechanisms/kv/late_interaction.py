@@ -58,10 +58,9 @@ class LateInteraction:
         """Return what ``flat`` made a vector of."""
         return LateInteraction(flat[:-2].long(), flat[-2:])
 
-    def scores(self, questions: Tensor, asked: Tensor, chunks: Tensor, lengths: Tensor) -> Tensor:
-        """Return how well each chunk matches each question, ``[a, c]`` float64; arguments as of ``mean_matches``."""
-        found = mean_matches(questions, asked, chunks, lengths).cpu().double()
-        return (found - self.unrelated[0]) / self.unrelated[1]
+    def scores(self, matches: Tensor) -> Tensor:
+        """Return the score of each of ``matches``, those of ``mean_matches``, as float64."""
+        return (matches.cpu().double() - self.unrelated[0]) / self.unrelated[1]
 
 
 def mean_matches(questions: Tensor, asked: Tensor, texts: Tensor, lengths: Tensor) -> Tensor:
@@ -75,8 +74,33 @@ def mean_matches(questions: Tensor, asked: Tensor, texts: Tensor, lengths: Tenso
         texts: ``[k, n, Hkv, Dv]``, of all texts.
         lengths: ``[c]`` int64, tokens of each text.
     """
-    one, two = (normalize(values.float(), dim=-1) for values in (questions, texts))
-    cosines = torch.einsum("kqhd,knhd->qn", one, two) / (one.shape[0] * one.shape[2])
+    flat_questions, flat_texts = (_flat(values) for values in (questions, texts))
+    return _means_of_best(flat_questions @ flat_texts.T, asked, lengths)
+
+
+def matches_among(questions: Sequence[Tensor], texts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``mean_matches`` of questions and texts, ``[a, c]``, and of the texts with each other, ``[c, c]``.
+
+    Args:
+        questions: of each ``[k, q_i, Hkv, Dv]``.
+        texts, lengths: as of ``mean_matches``.
+    """
+    flat = _flat(texts)
+    rows = torch.cat([*(_flat(question) for question in questions), flat])
+    asked = torch.cat([torch.tensor([question.shape[1] for question in questions]), lengths])
+    found = _means_of_best(rows @ flat.T, asked, lengths)
+    return found[: len(questions)], found[len(questions) :]
+
+
+def _flat(values: Tensor) -> Tensor:
+    """Return ``[n, k Hkv Dv]`` float32 of values ``[k, n, Hkv, Dv]``, so that products are the means of all cosines."""
+    heads = values.shape[0] * values.shape[2]
+    flat: Tensor = (normalize(values.float(), dim=-1) / heads**0.5).transpose(0, 1).flatten(1)
+    return flat
+
+
+def _means_of_best(cosines: Tensor, asked: Tensor, lengths: Tensor) -> Tensor:
+    """Return ``[a, c]``: the means over the rows of each question of the highest of ``cosines`` ``[q, n]`` per text."""
     text_of = torch.arange(len(lengths)).repeat_interleave(lengths).to(cosines.device).expand_as(cosines)
     best = cosines.new_full((len(cosines), len(lengths)), -1).scatter_reduce(1, text_of, cosines, "amax")
     return torch.stack([tokens.mean(0) for tokens in best.split(asked.tolist())])

@@ -11,7 +11,7 @@ from torch import Tensor
 from mplus.mechanisms.decoder import Decoder
 from mplus.mechanisms.kv.asked import Asked, ChosenChunks, Question
 from mplus.mechanisms.kv.front import Front, rows_of
-from mplus.mechanisms.kv.late_interaction import LateInteraction, mean_matches
+from mplus.mechanisms.kv.late_interaction import LateInteraction, matches_among
 from mplus.mechanisms.kv.passes import padded, run_behind, values_in
 
 MATCH = 2.0
@@ -101,6 +101,5 @@ def _matched(decoder: Decoder, asked: Asked, questions: Sequence[Question], chun
     late, places, lengths = LateInteraction.from_flat(state.late_interaction), state.places(chunks), state.chunk_length
     rows = torch.stack([rows_of(asked.view, layer, places) for layer in late.layers.tolist()])
     values, own = values_in(decoder.kept, rows), lengths[chunks]
-    scores = [late.scores(form.to(values.device), torch.tensor([form.shape[1]]), values, own)[0] for form in forms]
-    alike = mean_matches(values, own, values, own).cpu()
-    return torch.stack(scores).amax(0), (alike + alike.T) / 2
+    matches, alike = matches_among([form.to(values.device) for form in forms], values, own)
+    return late.scores(matches).amax(0), ((alike + alike.T) / 2).cpu()

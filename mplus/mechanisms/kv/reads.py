@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ class ReadChunks:
 
     front: Front
     blocks: Sequence[Sequence[ChosenChunks]]
+
+    @cached_property
+    def tokens(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The places, scores and chunks of each stream's tokens, ``[n]`` each, in the order in which they are read."""
+        found = []
+        for view, places, blocks in zip(self.front.views, self.front.places, self.blocks, strict=True):
+            chunks = torch.cat([block.chunks for block in blocks])
+            lengths = state_of(view).chunk_length[chunks]
+            scores = torch.cat([block.scores for block in blocks])
+            found.append((places, scores.repeat_interleave(lengths), chunks.repeat_interleave(lengths)))
+        return found
 
 
 class KvReads(MemoryMechanism):
@@ -271,17 +283,14 @@ class KvReads(MemoryMechanism):
     def retrieved(self, opened: Opened, layer: int) -> list[Retrieved | None]:
         """Return the tokens of the chunks that were chosen, in the order in which they are read."""
         found: list[Retrieved | None] = [None] * len(opened.views)
-        for stream, blocks in enumerate(() if opened.own is None else opened.own.blocks):
-            view = opened.views[stream]
-            state, chunks = state_of(view), torch.cat([block.chunks for block in blocks])
-            if not len(chunks):
+        for stream in range(0 if opened.own is None else len(opened.views)):
+            store, (places, scores, units) = opened.views[stream].store, opened.own.tokens[stream]
+            if not len(places):
                 continue
-            ids = view.store.ids(layer)
-            ids = ids[state.places(chunks).to(ids.device)]
-            rows = view.store.gather(layer, ids, leave_out=("key", "expiry", "projected"))
-            each = state.chunk_length[chunks]
-            scores = torch.cat([block.scores for block in blocks]).repeat_interleave(each)
-            found[stream] = Retrieved(rows.replace(projected=None), ids, scores, units=chunks.repeat_interleave(each))
+            ids = store.ids(layer)
+            ids = ids[places.to(ids.device)]
+            rows = store.gather(layer, ids, leave_out=("key", "expiry", "projected"))
+            found[stream] = Retrieved(rows.replace(projected=None), ids, scores, units=units)
         return found
 
     def has_prefix(self, view: StreamView) -> bool:
