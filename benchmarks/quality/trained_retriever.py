@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with novels, squad and natural_questions")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of hidden states")
-    parser.add_argument("--passages", type=int, default=156, help="of the novels")
+    parser.add_argument("--passages", type=int, default=204, help="of the novels")
     parser.add_argument("--record", type=Path, default=RECORD)
     arguments = parser.parse_args()
     folder = smollm2_folder()

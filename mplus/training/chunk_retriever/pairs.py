@@ -87,8 +87,9 @@ def pairs_of(
         passages = _passages(read(file), counted, chunk_tokens)
         share, end = max(most // len(texts), 1), len(passages) - round(len(passages) * HELD_OUT)
         for pairs, part, count in ((trained, passages[:end], share), (held_out, passages[end:], share * HELD_OUT)):
-            for place in sorted(rng.sample(range(len(part)), min(len(part), max(round(count), 1)))):
-                _add_crop(pairs, part[place], counted, rng)
+            made, order = 0, rng.sample(range(len(part)), len(part))
+            while order and made < max(round(count), 1):
+                made += _add_crop(pairs, part[order.pop()], counted, rng)
     if questions is not None:
         _add_questions(trained, held_out, questions, counted, chunk_tokens)
     if len(trained) < FEWEST or len(held_out) < 2:
@@ -110,12 +111,12 @@ def _passages(text: str, texts: Texts, chunk_tokens: int) -> list[str]:
     return [decode(chunk.tolist()).strip() for chunk in chunks]
 
 
-def _add_crop(pairs: Pairs, passage: str, texts: Texts, rng: random.Random) -> None:
-    """Add a passage with one of its sentences for a query; nothing where it has fewer than three."""
+def _add_crop(pairs: Pairs, passage: str, texts: Texts, rng: random.Random) -> bool:
+    """Add a passage with one of its sentences for a query; return False where it has fewer than three."""
     sentences = SENTENCE.split(passage)
     able = [place for place, sentence in enumerate(sentences) if texts.count(sentence) >= SHORTEST]
     if len(sentences) < 3 or not able:
-        return
+        return False
     chosen = rng.choice(able)
     words = sentences[chosen].split()
     length = rng.randint(min(SHORTEST, len(words)), len(words))
@@ -123,6 +124,7 @@ def _add_crop(pairs: Pairs, passage: str, texts: Texts, rng: random.Random) -> N
     kept = rng.random() < KEPT
     rest = passage if kept else " ".join(sentences[:chosen] + sentences[chosen + 1 :])
     pairs.add(texts.ids(rest), [texts.ids(" ".join(words[first : first + length]))])
+    return True
 
 
 def _add_questions(trained: Pairs, held_out: Pairs, file: Path, texts: Texts, chunk_tokens: int) -> None:
