@@ -117,6 +117,7 @@ class Chat:
         directory = None if memory is None else memory.directory
         self._journal = None if directory is None else Journal(directory.path / FILE)
         kept = [] if self._journal is None else self._journal.read()
+        # Of a session that ended in a crash, without the exchange that had just gone into memory.
         self.exchanges: list[Exchange] = [one for one in kept if one.name not in self._names()]
 
     # ------------------------------------------------------------------ talking
@@ -251,6 +252,7 @@ class Chat:
         oldest, *rest = self.exchanges
         text = told(oldest, self.remember)
         if self.memory is not None and text:
+            # ``write_id``: after a crash before the next line it is written again, and counts once.
             self.memory.write(text, source=oldest.name, write_id=oldest.name, atomic=True, progress=False)
         self._keep(rest)
 

@@ -82,6 +82,7 @@ class TextArm(EvaluationArm[M, W]):
         """Return the ids of the newest passages told, and of what is behind each: all of them, or ``tokens``."""
         found: list[list[int]] = []
         missing = tokens
+        # From the newest on, so that no passage is turned into tokens that would be cut off again.
         for number in range(due.told - 1, -1, -1):
             if missing is not None and missing <= 0:
                 break

@@ -63,6 +63,7 @@ def retention(
             told = [one for one in moment.due if one.question.told]
             untold = [one for one in moment.due if execution.asks_untold and not one.question.told]
             for result in results.values():
+                # An arm without a limit is asked at every moment.
                 if told and number < execution.moment_limits.get(result.arm.name, number + 1):
                     result.ask(moment, told)
                     result.untold += [] if result.arm.uses_labels else result.answered(moment, untold)
@@ -140,7 +141,8 @@ class ArmResult(Generic[M, W]):
 
     def _cell(self, age: int) -> Cell:
         answered, found = self.answers[age], [answer for _, answer in self.answers[age]]
-        held = [answer.choice.holds(due.sources()) for due, answer in answered if answer.choice is not None]
+        # Of arms that choose chunks: whether the chunks that a question needs were among them.
+        recalled = [answer.choice.holds(due.sources()) for due, answer in answered if answer.choice is not None]
         waited = self.first_token_ms.get(age)
         return Cell(
             age=age,
@@ -151,7 +153,7 @@ class ArmResult(Generic[M, W]):
                 (one.tokens_attended for one in found if one.tokens_attended is not None), default=None
             ),
             scores={name: sum(one.scores[name] for one in found) / len(found) for name in found[0].scores},
-            recall=sum(held) / len(held) if held else None,
+            recall=sum(recalled) / len(recalled) if recalled else None,
             first_token_ms=round(median(waited), 3) if waited else None,
             # Of many streams of facts at once, a list of thousands of answers would tell nothing more.
             outcomes={due.id: answer.correct for due, answer in answered if answer.generated is not None},

@@ -104,7 +104,7 @@ def _bits(numbers: Tensor) -> bytes:
 
 def _sum(numbers: Tensor) -> int:
     """Return the sum of all bits times odd numbers, which also changes when two numbers are exchanged."""
-    rest = -numbers.nbytes % (8 * CHUNK) // numbers.itemsize
+    rest = -numbers.nbytes % (8 * CHUNK) // numbers.itemsize  # missing to whole rows of 64-bit numbers
     padded = torch.cat([numbers, numbers.new_zeros(rest)]) if rest else numbers
     rows = padded.view(torch.int64).view(-1, CHUNK)
     sums = (rows * _factors(CHUNK, numbers.device)).sum(1)

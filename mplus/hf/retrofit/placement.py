@@ -44,6 +44,7 @@ class Placement:
             before: columns in front of these, of learned virtual tokens.
         """
         read = mask.cpu().cumsum(1)[:, None]
+        # A block behind what has been read begins as many columns further on as tokens are missing.
         to_come = (insertion.tokens - read[:, :, -1]).clamp(min=0)
         return before + (read <= insertion.tokens[:, :, None]).sum(-1) + to_come
 

@@ -120,6 +120,7 @@ class Rotation:
             first, second = slice(0, width // 2), slice(width // 2, width)
         else:
             first, second = slice(0, width, 2), slice(1, width, 2)
+        # Of each pair (x, y): x cos - y sin and y cos + x sin. Numbers behind the tables' width are not turned.
         turned = keys[..., :width]
         if torch.is_grad_enabled() and turned.requires_grad:
             out[..., :width] = turned * cos  # autograd cannot follow ``out=``

@@ -127,8 +127,9 @@ def recall(
         place = place_in(reading.tokenizer, prompt, engine.mechanism.place) if prompt else 0
         own = asked[row].clone()
         if engine.mechanism.place == "turn" and place < len(places):
-            own[: places[place]] = False
+            own[: places[place]] = False  # earlier turns do not ask
         query = ids[row][own] if queries is None else queries[row]
+        # Behind BOS recalled text is the beginning of the text, and gets the tokens of one.
         inside = place > 0 and prompt[place - 1] != reading.tokenizer.bos_token_id
         found = recalled(engine, reading.tokenizer, state, query, len(prompt) + new, inside=inside)
         reading.recalled[row].append(found)

@@ -89,6 +89,7 @@ class ActivationPlan:
         run = self._layer_run(index, call, hidden)
         if not (self._auto.is_measuring and self._is_auto and call.device.type == "cuda"):
             return run.forward()
+        # By the device's own clock: a forward returns before its kernels have run.
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         output = run.forward()

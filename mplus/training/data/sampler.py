@@ -172,7 +172,7 @@ def choose(bins: Sequence[Bucket], draws: CounterRNG) -> int:
         mark -= item.share
         if mark < 0:
             return place
-    return len(bins) - 1
+    return len(bins) - 1  # rounding can leave a little of the mark
 
 
 def bucket_of(bins: Sequence[Bucket], tokens: int) -> int | None:

@@ -145,6 +145,7 @@ class RetrieverLoss:
             scores = retriever.score(layer, projected, mask, keys.view(batch, -1, keys.shape[-1]))
             usable = torch.ones_like(positive)
         else:
+            # As one text with many queries, so that each is scored against the rows of all streams.
             flat = (1, batch * each)
             scores = retriever.score(layer, projected.view(*flat, tokens, -1), mask.reshape(*flat, tokens), keys[None])
             scores = scores.view(batch, each, -1)
@@ -152,6 +153,7 @@ class RetrieverLoss:
                 :, None
             ]
             same = source.flatten() == text_sources[:, :, None]
+            # Rows that another stream wrote from the same source are neither right nor wrong.
             usable = own | ~same
             positive = own & same & (text_sources != NO_SOURCE)[:, :, None]
         return (
