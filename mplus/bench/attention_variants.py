@@ -17,7 +17,7 @@ AttentionVariant = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def grouped(queries: Tensor, keys: Tensor, values: Tensor, *, additive: bool) -> Tensor:
-    """Attend with heads that the kernel groups, and a mask that is additive or of booleans."""
+    """Attend ``[B, H, T, D]`` to ``[B, Hkv, S, D]``; the kernel groups the heads, the mask is additive or boolean."""
     return _attend(queries, keys, values, _mask(queries, keys, queries.dtype if additive else None, 1))
 
 

@@ -151,12 +151,12 @@ class PublishedRead:
 
 
 def fused_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise by PyTorch's own kernel."""
+    """Normalise ``[..., d]`` by PyTorch's own kernel."""
     return torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps)
 
 
 def eager_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise in steps, as the published code does: at least float32 inside, cast, then the weight."""
+    """Normalise ``[..., d]`` in steps, as the published code does: at least float32 inside, cast, then the weight."""
     precise = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     precise = precise * torch.rsqrt(precise.pow(2).mean(-1, keepdim=True) + eps)
     return weight * precise.to(hidden.dtype)

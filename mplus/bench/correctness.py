@@ -122,7 +122,7 @@ def random_request(preset: Preset, device: torch.device, case: tuple[int, int, i
 
 
 def plain_attention(request: AttentionRequest) -> Tensor:
-    """Attend with ordinary operations in the request's own dtype: how much precision one may expect."""
+    """Return attention ``[B, H, T, Dv]`` by ordinary operations in the request's dtype: the precision to expect."""
     keys = torch.cat([*(segment.keys for segment in request.segments), request.keys], 2)
     values = torch.cat([*(segment.values for segment in request.segments), request.values], 2)
     groups, length = request.queries.shape[1] // keys.shape[1], request.queries.shape[2]
@@ -133,7 +133,7 @@ def plain_attention(request: AttentionRequest) -> Tensor:
 
 
 def exact_attention(request: AttentionRequest) -> Tensor:
-    """Attend with the reference backend in float64."""
+    """Return attention ``[B, H, T, Dv]`` by the reference backend in float64."""
     segments = tuple(Segment(part.keys.double(), part.values.double()) for part in request.segments)
     queries, keys, values = request.queries.double(), request.keys.double(), request.values.double()
     double = evolve(request, queries=queries, keys=keys, values=values, segments=segments)

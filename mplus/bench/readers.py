@@ -6,7 +6,7 @@ A ``ReadVariant`` makes a ``Reader`` for a fixture: a function of ids to logits,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from attrs import define, evolve
@@ -18,6 +18,7 @@ from mplus.bench.fixture import PUBLISHED_SCORE, BenchmarkFixture
 from mplus.bench.presets import Preset
 from mplus.bench.record import Entry, arm_entry
 from mplus.hf.model.model_class import MemoryModel
+from mplus.hf.types import Cache
 from mplus.memory.memory import Memory
 from mplus.timing import median
 
@@ -42,20 +43,20 @@ class MemoryReader:
 
     def __init__(self, model: MemoryModel, memory: Memory) -> None:
         self.model, self.memory = model, memory
-        self.cache: Any = None
+        self.cache: Cache | None = None
 
     def reset(self) -> None:
         """Drop the cache of the last prompt."""
         self.cache = None
 
     def read(self, ids: Tensor) -> Tensor:
-        """Read a prompt, and keep its cache for steps."""
+        """Read a prompt ``[B, T]`` int64, and keep its cache for steps."""
         output = self.model(input_ids=ids, memory=self.memory, logits_to_keep=1)
         self.cache = output.past_key_values
         return output.logits  # type: ignore[no-any-return]
 
     def step(self, ids: Tensor) -> Tensor:
-        """Read one token behind the cache."""
+        """Read one token ``[B, 1]`` int64 behind the cache."""
         cache = self.cache
         return self.model(  # type: ignore[no-any-return]
             input_ids=ids, memory=self.memory, past_key_values=cache, logits_to_keep=1
@@ -73,7 +74,7 @@ class PrefixReader:
         self.prefix.restore()
 
     def read(self, ids: Tensor) -> Tensor:
-        """Read tokens behind the cache."""
+        """Read tokens ``[B, T]`` int64 behind the cache."""
         return self.model(input_ids=ids, past_key_values=self.prefix.cache, logits_to_keep=1).logits  # type: ignore[no-any-return]
 
     step = read
@@ -91,7 +92,7 @@ class BareReader:
         self.past = 0
 
     def read(self, ids: Tensor) -> Tensor:
-        """Read tokens behind those read before."""
+        """Read tokens ``[B, T]`` int64 behind those read before."""
         logits = self.layers.read(ids, self.past)
         self.past += ids.shape[1]
         return logits

@@ -60,7 +60,7 @@ def measure(preset: Preset, device: torch.device, threads: Sequence[int], repeat
 
 
 def draw(preset: Preset, device: torch.device, length: int, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw queries and keys whose products have a standard deviation of 2."""
+    """Draw queries ``[T, r]`` and keys ``[m, r]`` whose products have a standard deviation of 2."""
     generator = torch.Generator().manual_seed(seed)
     size = (2 / preset.retriever_width**0.5) ** 0.5
     queries, keys = (size * torch.randn(count, preset.retriever_width, generator=generator) for count in (length, rows))

@@ -42,7 +42,7 @@ class Watch:
     _prompt_seen: bool = False
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then tokens one by one, as streamers of transformers do."""
+        """Take the prompt ``[1, T]``, then tokens ``[1]`` one by one, as streamers of transformers do."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return

@@ -185,7 +185,7 @@ def _losses(
 
 
 def _change(one: Tensor, none: Tensor) -> dict[str, JsonValue]:
-    """Return the change of perplexity in percent, and its 95 % interval over pieces."""
+    """Return the change of perplexity in percent, and its 95 % interval over pieces, of losses ``[n]`` in nats."""
     pairs = one - none
     mean = float(pairs.mean())
     half = 1.96 * float(pairs.std()) / math.sqrt(len(pairs)) if len(pairs) > 1 else None

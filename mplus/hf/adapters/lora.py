@@ -72,7 +72,7 @@ class AdaptedProjection(Projection):
         return (result + update).to(result.dtype)
 
     def update_weight(self, name: str) -> Tensor:
-        """Return the update of the adapter ``name``, in the orientation of the weight."""
+        """Return the update of the adapter ``name``, of the shape ``[out, in]`` or ``[in, out]`` of the weight."""
         up, down = (self.get_parameter(f"{factor}.{name}.weight") for factor in ("lora_B", "lora_A"))
         update: Tensor = up @ down * self.scaling[name]
         return update.T if isinstance(self, Conv1D) else update

@@ -75,7 +75,7 @@ class Row:
     _logits: Tensor | None = None
 
     def joined(self, logits: Tensor, sources: Sequence[Sequence[RetrievedSource]], memory_version: int | None) -> None:
-        """Take note of what the prompt came to."""
+        """Take note of the logits ``[V]`` behind the prompt, its sources, and the memory's version."""
         self._logits, self.sources, self.memory_version = logits.clone(), sources, memory_version
 
     @property

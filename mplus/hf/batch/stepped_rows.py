@@ -92,7 +92,7 @@ class SteppedRows:
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int] | Tensor) -> Tensor:
-        """Read one more token of every row; see ``BatchReader.step``."""
+        """Read one more token ``[B]`` of every row, and return logits ``[B, V]``; see ``BatchReader.step``."""
         ids = self._checked(tokens)
         parts, place = [], 0
         for buffer in self._buffers:

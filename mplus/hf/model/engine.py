@@ -169,7 +169,7 @@ class DecoderEngine:
 
     @torch.no_grad()
     def project(self, part: int, hidden: Tensor) -> Tensor:
-        """Return keys and values of rows, without a graph; see ``Engine.project``."""
+        """Return keys and values ``[B, n, w]`` of rows ``[B, n, d]``, without a graph; see ``Engine.project``."""
         return self.project_in(self.mechanism.layer_of(part), hidden)
 
     def project_in(self, layer: int, hidden: Tensor) -> Tensor:
@@ -248,7 +248,10 @@ class DecoderEngine:
         sources: Sequence[int | None] = (),
         short: bool = False,
     ) -> Update:
-        """Let the mechanism make the rows of one chunk; see ``Engine.write``. Gradients flow where they are enabled."""
+        """Let the mechanism make the rows of one chunk, ids ``[B, n]`` int64; see ``Engine.write``.
+
+        Gradients flow where they are enabled.
+        """
         if self.watch.look_at_names() is not None:
             raise NotSupported(
                 "adapter_names is for reading: a memory is written with the adapters that are active, so use "
@@ -297,7 +300,7 @@ class DecoderEngine:
         return "write" if adapters.shared else wanted
 
     def keys(self, part: int, hidden: Tensor) -> Tensor | None:
-        """Return retriever keys of rows; see ``Engine.keys``."""
+        """Return retriever keys ``[m, r]`` of rows ``[m, d]``; see ``Engine.keys``."""
         return self.keys_in(self.mechanism.layer_of(part), hidden)
 
     def keys_in(self, layer: int, hidden: Tensor) -> Tensor | None:

@@ -85,7 +85,7 @@ class PeftMemoryModel(PushToHub, PeftModel):
         return result
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
-        """Return what PEFT does; the decoder learns that keys and values of prefix tuning are none of a text."""
+        """Return the virtual tokens as PEFT does, embeddings ``[B, v, d]`` or a cache, which is marked as learned."""
         return mark_learned(super().get_prompt(batch_size, task_ids, max_cache_len))
 
 

@@ -163,7 +163,7 @@ class _Checks:
         )
 
     def _view(self, ids: Tensor) -> StreamView:
-        """Return a memory of other tokens, ``ids``."""
+        """Return a memory of other tokens, ``ids`` ``[1, n]`` int64."""
         other = ids[:, : TOKENS - 3] % self.engine.vocab_size
         return self.engine.mechanism.example(self.engine.decoder, other, self._context())
 

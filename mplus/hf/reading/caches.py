@@ -116,7 +116,7 @@ class TextSoFar:
         return Text(None if self.ids is None else self.ids[:, :end], mask, tokenizer, query=query)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order."""
+        """Keep these rows, numbers ``[n]`` int64 in this order, or ``[B]`` bool."""
         rows = rows.to(self.mask.device)
         rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         self.mask, self.query, self.chosen = self.mask[rows], self.query[rows], self.chosen[rows]

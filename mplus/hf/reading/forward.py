@@ -323,7 +323,7 @@ def open_reading(
 
 
 def _finish(reading: Reading, so_far: TextSoFar, result: PassResult) -> Tensor:
-    """Let the mechanism give the final hidden state."""
+    """Let the mechanism give the final hidden state ``[B, T, d]``."""
     before, mechanism = result.need_hidden(), reading.mechanism
     hidden = mechanism.finish(reading.need_opened(), evolve(result, text=so_far.whole(reading.tokenizer)), so_far.own)
     if hidden.shape != before.shape or hidden.dtype != before.dtype:

@@ -204,7 +204,7 @@ class Reading:
 
 
 def _places(before: Opened, now: Opened) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
-    """Yield what tells where a text sits, by name: in ``before`` and ``now``."""
+    """Yield the tensors that place a text, each by its name, in ``before`` and ``now``."""
     yield "Opened.text_offset", before.text_offset, now.text_offset
     for name in ("tokens", "rooms"):
         was, would = (None if one is None else getattr(one, name) for one in (before.insertion, now.insertion))

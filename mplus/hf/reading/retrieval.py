@@ -85,7 +85,7 @@ class ReadSource:
         return () if front is None else front
 
     def _retrieve_where_due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
-        """Retrieve for a new text, and anew where enough tokens have come. Returns whether anything was retrieved."""
+        """Retrieve for a new text ``[B, T, d]``, and anew where enough tokens have come; return whether it did."""
         reading = self.reading
         anew = layer not in reading.retrieved
         if anew:

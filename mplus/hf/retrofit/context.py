@@ -54,14 +54,14 @@ class Collection:
     calls: list[ModuleCall] = field(factory=list)
 
     def entered(self, layer: int | None, hidden: Tensor) -> None:
-        """Take note of what a layer receives; ``layer`` None: it carries no memory."""
+        """Take note of what a layer receives, ``[B, T, d]``; ``layer`` None: it carries no memory."""
         if "hidden" in self.names and not self.hidden_states:
             self.hidden_states.append(hidden)
         if layer is not None and "inputs" in self.names:
             self.inputs[layer] = self._last_rows(hidden)
 
     def left(self, layer: int | None, hidden: Tensor) -> None:
-        """Take note of what a layer gives."""
+        """Take note of what a layer gives, ``[B, T, d]``."""
         if "hidden" in self.names:
             self.hidden_states.append(hidden)
         if layer is not None and "outputs" in self.names:

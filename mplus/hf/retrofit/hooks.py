@@ -198,7 +198,7 @@ class AttentionHook:
 
 
 def finish_pass(module: nn.Module, args: tuple[Tensor, ...], output: Output) -> Output | None:
-    """Exchange the final hidden state for the one that the current pass gives: a forward hook of the layers' module."""
+    """Exchange the final hidden state ``[B, T, d]`` for that of the current pass: a hook of the layers' module."""
     active = current_pass()
     if active is None or active.finish is None:
         return None

@@ -136,7 +136,7 @@ class MemoryInCache:
         return self.layer.holds(self.segments) or self.layer.single_tokens > PAYS_AFTER
 
     def fits(self, keys: Tensor) -> bool:
-        """Return whether ``keys`` are the layer's text as it lies there: a decoder may change it before it attends."""
+        """Return whether ``keys`` ``[B, Hkv, S, D]`` are the layer's text as it lies there; a decoder may change it."""
         own = self.layer.keys
         return keys.data_ptr() == own.data_ptr() and keys.shape == own.shape and keys.stride() == own.stride()
 

@@ -240,5 +240,5 @@ def _capture(
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Return whether keys, or values, are the same numbers: of another shape they are not."""
+    """Return whether keys, or values, ``[1, Hkv, n, D]`` are the same numbers, of one shape."""
     return one.shape == other.shape and torch.equal(one, other)

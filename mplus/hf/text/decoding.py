@@ -119,7 +119,7 @@ def late(
 
 
 def _rest(forward: Callable[..., DecoderOutput], ids: Tensor, closing: Sequence[int]) -> float:
-    """Return the log probability of all tokens of ``closing`` but the first, which stands behind ``ids``."""
+    """Return the log probability of all tokens of ``closing`` but the first, which stands behind ids ``[1, T]``."""
     given = torch.cat([ids, ids.new_tensor([closing[:-1]])], 1)
     scores = forward(input_ids=given).logits[0, 1 - len(closing) :].float().log_softmax(-1)
     return float(scores.gather(1, ids.new_tensor([closing[1:]]).T).sum())

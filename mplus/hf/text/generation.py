@@ -143,7 +143,7 @@ class _Generation:
         return output
 
     def with_calls(self, engine: TextEngine, mask: Tensor | None, new: int) -> Tensor | GenerateDecoderOnlyOutput:
-        """Generate up to ``new`` tokens, prompt by prompt, since calls come at different times."""
+        """Generate ids ``[B, T + n]``, n up to ``new``, prompt by prompt, since calls come at different times."""
         ids, reading, settings = self.ids, self.reading, self.settings
         pieces = cast("Pieces", {name: settings.pop(name, None) for name in ("logits_processor", "stopping_criteria")})
         generate: Callable[..., Generated] = partial(
@@ -177,7 +177,7 @@ class _WithoutRecalled(BaseStreamer):
     _begun: bool = field(default=False, init=False)
 
     def put(self, value: Tensor) -> None:
-        """Hand tokens on; in place of the first ones, the prompt."""
+        """Hand tokens ``[B, n]`` or ``[B]`` on; in place of the first ones, the prompt."""
         self.streamer.put(value if self._begun else self.prompt.cpu())
         self._begun = True
 

@@ -58,7 +58,7 @@ class LayerCall:
         args: tuple[Argument, ...],
         kwargs: dict[str, Argument],
     ) -> tuple[LayerCall, Tensor]:
-        """Return the call, and the hidden states. Raises InputError where a key/value cache goes along."""
+        """Return the call, and the hidden states ``[B, T, d]``. Raises InputError where a cache goes along."""
         for name in CACHES:
             if kwargs.get(name) is not None:
                 raise InputError(

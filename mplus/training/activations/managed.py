@@ -83,7 +83,7 @@ class ActivationPlan:
                         layer.forward = forward
 
     def run(self, index: int, call: LayerCall, hidden: torch.Tensor) -> LayerOutput:
-        """Run one layer."""
+        """Run one layer on hidden states ``[B, T, d]``, and time it while "auto" measures."""
         if index == 0 and not self.counter.host:
             self._auto.begin_step(call.device)
         run = self._layer_run(index, call, hidden)

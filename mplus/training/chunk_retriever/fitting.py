@@ -21,7 +21,7 @@ CHOSEN_BY = 256
 EVERY = 20
 """Steps between two looks at what is held out."""
 
-StepProgress = Callable[[int], object]
+StepProgress = Callable[[int], None]
 """Called with the steps done since the last call."""
 
 

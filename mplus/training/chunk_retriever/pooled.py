@@ -23,7 +23,7 @@ BATCH = 16
 SHARD = 128
 """Texts of one file: what is lost at most when the process is stopped."""
 
-Progress = Callable[[int], object]
+Progress = Callable[[int], None]
 """Called with the tokens that were read since the last call."""
 
 

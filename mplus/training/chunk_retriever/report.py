@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import asdict, define
@@ -14,6 +14,9 @@ from mplus.evaluation.reports.paired import difference
 from mplus.retrievers.chunks.base import ChunkRetriever, Chunks, Query
 from mplus.training.chunk_retriever.fitting import PooledPairs
 from mplus.training.chunk_retriever.pairs import Pairs
+
+if TYPE_CHECKING:
+    from mplus.hf.types import PreTrainedTokenizerBase
 
 DEPTHS = (1, 4)
 """Among so many of the best the right one is looked for."""
@@ -35,7 +38,7 @@ class _PooledDecoder:
 def compare(
     retrievers: Mapping[str, ChunkRetriever],
     calibrations: Mapping[str, Tensor],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
     pooled: PooledPairs,
 ) -> dict[str, JsonValue]:
@@ -65,7 +68,11 @@ def compare(
 
 
 def hits(
-    retriever: ChunkRetriever, calibration: Tensor, tokenizer: Any, pairs: Pairs, pooled: PooledPairs
+    retriever: ChunkRetriever,
+    calibration: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    pooled: PooledPairs,
 ) -> dict[int, dict[str, bool]]:
     """Return for each depth, query by query, whether the right passage is among that many of the best."""
     lengths = torch.tensor([len(one) for one in pairs.passages])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from attrs import asdict
@@ -22,16 +22,21 @@ from mplus.training.chunk_retriever.pairs import Pairs, pairs_of
 from mplus.training.chunk_retriever.pooled import PooledStates, Progress
 from mplus.training.chunk_retriever.report import compare
 
+if TYPE_CHECKING:
+    from mplus.evaluation.texts import Tokenizer
+    from mplus.hf.model.model_class import MemoryModel
+    from mplus.hf.types import PreTrainedTokenizerBase
+
 MAPS, REPORT, POOLED = "maps.safetensors", "report.json", "pooled"
 """What a run leaves in its folder."""
 
-Step = Callable[[str, int, int], object]
+Step = Callable[[str, int, int], None]
 """Called with what is done, how much of it was done since the last call, and how much there is."""
 
 
 def train_chunk_retriever(
-    model: Any,
-    tokenizer: Any,
+    model: MemoryModel,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Path],
     out: Path,
     *,
@@ -77,7 +82,9 @@ def train_chunk_retriever(
     memory.write("The first chunk.")
     (view,) = memory.snapshot()
     reader = BegunDecoder(engine.decoder, [view], [state_of(view).begin_rows])
-    pairs = pairs_of(texts, questions, tokenizer, chunk_tokens=engine.config.chunk_tokens, most=passages)
+    pairs = pairs_of(
+        texts, questions, cast("Tokenizer", tokenizer), chunk_tokens=engine.config.chunk_tokens, most=passages
+    )
     pooled = PooledStates(out / POOLED, reader, state_of(view).begin_ids)
     tokens = sum(pooled.missing([*one.passages, *one.queries]) for one in pairs)
     trained, held_out = (pooled_pairs(one, pooled, lambda done: step("reading", done, tokens)) for one in pairs)
@@ -105,7 +112,7 @@ def pooled_pairs(pairs: Pairs, pooled: PooledStates, progress: Progress) -> Pool
 def _compared(
     reader: BegunDecoder,
     view: StreamView,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
     pooled: PooledPairs,
     file: Path,

@@ -190,7 +190,7 @@ def contrastive(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
 
 
 def balanced_bce(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
-    """Return half the mean of ``-log p`` over positive rows plus half that of ``-log (1 - p)`` over the others.
+    """Return half the mean of ``-log p`` of positive rows plus half that of ``-log (1 - p)`` of others, a scalar.
 
     Texts without a positive row do not count; an empty class contributes 0. Arguments as for ``contrastive``.
     """

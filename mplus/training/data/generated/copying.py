@@ -70,7 +70,7 @@ class CopyingBatches(GeneratedBatches):
 
 
 def shared(first: Tensor, second: Tensor) -> int:
-    """Return how many ids two texts begin with in common."""
+    """Return the number of ids with which two texts ``[n]`` begin alike."""
     count = min(len(first), len(second))
     different = (first[:count] != second[:count]).nonzero()
     return int(different[0]) if len(different) else count

@@ -193,7 +193,7 @@ class RecallBatches(BatchSource):
         return [self._id[word] for word in given]
 
     def _labels(self, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return labels and which of them are answers."""
+        """Return labels ``[B, R, T]`` int64 of texts of this shape, and bool: which of them are answers."""
         answer_mask = (torch.arange(texts.shape[2]) >= 4).expand_as(texts) & (texts != self._id[PAD])
         named = torch.arange(texts.shape[2]).expand_as(texts) >= 2
         labelled = answer_mask | named if self.options.name_labels else answer_mask
