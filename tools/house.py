@@ -193,33 +193,42 @@ def untyped(modules: Modules) -> list[str]:
     """Return the annotations (of parameters, results and variables) that say ``Any``, as a part of a type too.
 
     Returned as well: ``object`` in an annotation, except of ``__eq__``; each alias, at the top of a module, of a type
-    with ``Any`` in it, and each annotation that names such an alias.
+    with ``Any`` in it, and each annotation that names such an alias in its module or in one that imports it from there.
     """
-    found = {
-        f"{name}:{node.lineno} {target.id}": target.id
-        for name, module in modules.items()
-        for node in module.tree.body
-        if isinstance(node, ast.Assign) and "Any" in _names(node.value)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    loose = {"Any", "object", *found.values()}
-    return [*found, *(place for place, node in _annotations(modules) if loose & _names(node))]
-
-
-def _annotations(modules: Modules) -> Iterator[tuple[str, ast.expr]]:
+    aliases = {name: dict(_loose_aliases(module)) for name, module in modules.items()}
+    found = [f"{name}:{line} {alias}" for name, lines in aliases.items() for alias, line in lines.items()]
     for name, module in modules.items():
-        equal = [node for node in module.nodes(ast.FunctionDef) if node.name == "__eq__"]
-        exempt = {argument for node in equal for argument in node.args.args}
-        for node in ast.walk(module.tree):
-            if isinstance(node, Function):
-                annotation = node.returns
-            elif isinstance(node, ast.arg | ast.AnnAssign) and node not in exempt:
-                annotation = node.annotation
-            else:
-                continue
-            if annotation is not None:
-                yield f"{name}:{node.lineno} {ast.unparse(annotation)}", annotation
+        imported = {
+            alias.asname or alias.name
+            for node in module.nodes(ast.ImportFrom)
+            for alias in node.names
+            if alias.name in aliases.get(node.module or "", {})
+        }
+        loose = {"Any", "object", *aliases[name], *imported}
+        found += [f"{name}:{line} {ast.unparse(node)}" for line, node in _annotations(module) if loose & _names(node)]
+    return found
+
+
+def _loose_aliases(module: Module) -> Iterator[tuple[str, int]]:
+    """Yield the names at the top of a module that stand for a type with ``Any`` in it, and their lines."""
+    for node in module.tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and "Any" in _names(node.value):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from ((target.id, node.lineno) for target in targets if isinstance(target, ast.Name))
+
+
+def _annotations(module: Module) -> Iterator[tuple[int, ast.expr]]:
+    equal = [node for node in module.nodes(ast.FunctionDef) if node.name == "__eq__"]
+    exempt = {argument for node in equal for argument in node.args.args}
+    for node in ast.walk(module.tree):
+        if isinstance(node, Function):
+            annotation = node.returns
+        elif isinstance(node, ast.arg | ast.AnnAssign) and node not in exempt:
+            annotation = node.annotation
+        else:
+            continue
+        if annotation is not None:
+            yield node.lineno, annotation
 
 
 def _names(node: ast.AST) -> set[str]:

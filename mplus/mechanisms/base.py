@@ -32,6 +32,7 @@ from mplus.registry import Registry
 from mplus.retrievers import RETRIEVERS
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout, StoreView
+from mplus.tokenizer import Tokenizer
 
 Kept = Literal["projected", "hidden", "both"]
 """What a memory keeps of a row: see ``MPlusConfig.memory_rows``."""
@@ -178,7 +179,7 @@ class MemoryMechanism(IndexedMechanism):
         """
         return self.State()
 
-    def chunks(self, ids: Tensor, tokenizer: Any) -> list[Tensor] | None:
+    def chunks(self, ids: Tensor, tokenizer: Tokenizer | None) -> list[Tensor] | None:
         """Return the chunks that a text ``[n]`` is cut into when it is written; None, the default: all of one size.
 
         A chunk has to be the same whatever comes behind the ``chunk_tokens + 1`` tokens from its first one on, so that

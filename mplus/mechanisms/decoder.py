@@ -12,7 +12,7 @@ from torch import Tensor
 from mplus.backends.base import AttentionRequest, AttentionResult, Segment
 from mplus.errors import InputError
 from mplus.mechanisms.opened import Insertion
-from mplus.memory.writing.chunking import Tokenizer
+from mplus.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mplus.mechanisms.copied_layers import Copies, LayerCall
@@ -54,7 +54,7 @@ class Text:
 
     ids: Tensor | None
     mask: Tensor | None = None
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     embedded: Tensor | None = None
     query: Tensor | None = None
     sources: tuple[int | None, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from attrs import Attribute, AttrsInstance, define, field
@@ -21,6 +21,7 @@ from mplus.memory.state import StreamView
 from mplus.memory.writing.update import Fields
 from mplus.retrievers.chunks.bm25 import bm25
 from mplus.retrievers.chunks.words import share
+from mplus.tokenizer import Tokenizer
 
 WORD = re.compile(r"\w+")
 MOST_TABLES = 4
@@ -128,7 +129,7 @@ class NotesMechanism(TextMechanism):
             chosen = chosen[:-1]
         return Recalled(text, tuple(entries[place] for place in places), tuple(scores[places].tolist()))
 
-    def search(self, decoder: Ask, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
+    def search(self, decoder: Ask, view: StreamView, text: str, k: int, tokenizer: Tokenizer | None) -> list[FoundText]:
         """Return the passages that share most words with ``text``, whatever their length."""
         state = cast("EntryState", view.state)
         entries = state.entries()

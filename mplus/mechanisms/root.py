@@ -20,6 +20,7 @@ from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import WriteContext
 from mplus.retrievers.base import Retriever
 from mplus.stores.base import MemoryStore, StoreLayout, StoreView
+from mplus.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class Mechanism(ABC):
             "the other one to this one"
         )
 
-    def with_tokenizer(self, state: StreamState, tokenizer: Any) -> StreamState:
+    def with_tokenizer(self, state: StreamState, tokenizer: Tokenizer | None) -> StreamState:
         """Return a stream as it is when a text is written to it through ``tokenizer``; by default as it was.
 
         Called before every write, with the same result as long as the stream is the same.
@@ -140,7 +141,7 @@ class Mechanism(ABC):
         """
         return state
 
-    def calibrate(self, decoder: Any, view: StreamView, tokenizer: Any) -> None:  # noqa: B027 - most need not
+    def calibrate(self, decoder: Any, view: StreamView, tokenizer: Tokenizer | None) -> None:  # noqa: B027 - most need not
         """Find out what memories of a decoder have to know of it, before anything is written; by default nothing.
 
         Called when a memory is made.
@@ -168,7 +169,7 @@ class Mechanism(ABC):
         """
         return {}
 
-    def search(self, decoder: Any, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
+    def search(self, decoder: Any, view: StreamView, text: str, k: int, tokenizer: Tokenizer | None) -> list[FoundText]:
         """Return what ``text`` would bring back from a stream, the best first, ``k`` at most; nothing is generated.
 
         Args:

@@ -20,11 +20,11 @@ from mplus.memory.sources.listing import sources_of
 from mplus.memory.sources.text import text_of_source
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import Tokenizer
 from mplus.stores.base import MemoryStore
 from mplus.stores.disk.locks import ProcessLock
 from mplus.stores.mmap import bytes_in_files
 from mplus.stores.sharing import distinct
+from mplus.tokenizer import Tokenizer
 
 
 class Lease:

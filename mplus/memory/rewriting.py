@@ -17,11 +17,12 @@ from mplus.memory.sources.rebuild import blank_stores, rebuild_all
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
 from mplus.memory.weights_state import WeightsState
-from mplus.memory.writing.chunking import Tokenizer, check_vocabulary
+from mplus.memory.writing.chunking import check_vocabulary
 from mplus.memory.writing.plan import check_dtype
 from mplus.memory.writing.update import Update, WriteContext, check_absorbed
 from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreView
+from mplus.tokenizer import Tokenizer
 
 
 def rewrite(

@@ -17,6 +17,7 @@ from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
 from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreLayout, StoreView
+from mplus.tokenizer import Tokenizer
 
 LONG_TERM = "long-term"
 """What reports call the rows of a stream's store."""
@@ -132,7 +133,7 @@ class StreamState:
         """
         return None
 
-    def check_rewritable(self, tokenizer: object) -> None:
+    def check_rewritable(self, tokenizer: Tokenizer | None) -> None:
         """Raise InputError where rows of ``kept_chunks`` need a tokenizer to be computed anew, and it is None."""
 
     def restarted(self, new: Self) -> Self:

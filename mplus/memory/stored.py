@@ -16,8 +16,8 @@ from mplus.memory.engine import engine_of
 from mplus.memory.report import WriteReport
 from mplus.memory.sources.clock import Clock
 from mplus.memory.sources.expiry import expire
-from mplus.memory.writing.chunking import Tokenizer
 from mplus.memory.writing.passes import flush
+from mplus.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mplus.memory.archive.tar import Origin

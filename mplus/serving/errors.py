@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 from attrs import define
 
@@ -66,7 +67,7 @@ class ServingError(MPlusError, RuntimeError):
         self.message = message
         self.facts = ErrorFacts(status, kind, code, param, retry_after)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[str, ErrorFacts], ServingError], tuple[str, ErrorFacts]]:
         # Errors travel between processes, and exceptions are pickled by their positional arguments alone.
         return _again, (self.message, self.facts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, overload
 
 import torch
 from attrs import evolve
@@ -26,7 +26,17 @@ class SmallTokenizer:
     def __len__(self) -> int:
         return WORDS
 
-    def __call__(self, texts: Sequence[str] | str, *, add_special_tokens: bool) -> dict[str, Any]:
+    @overload
+    def __call__(
+        self, texts: str, /, *, add_special_tokens: bool = ..., verbose: bool = ...
+    ) -> dict[str, list[int]]: ...
+    @overload
+    def __call__(
+        self, texts: list[str], /, *, add_special_tokens: bool = ..., verbose: bool = ...
+    ) -> dict[str, list[list[int]]]: ...
+    def __call__(
+        self, texts: str | list[str], /, *, add_special_tokens: bool = False, verbose: bool = True
+    ) -> dict[str, list[int]] | dict[str, list[list[int]]]:
         if isinstance(texts, str):
             return {"input_ids": self._ids(texts)}
         return {"input_ids": [self._ids(text) for text in texts]}
@@ -38,13 +48,15 @@ class SmallTokenizer:
             for word in text.split()
         ]
 
-    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+    def convert_ids_to_tokens(self, ids: int | list[int], /) -> str | list[str]:
         """Return the pieces of ids, each a word."""
+        if isinstance(ids, int):
+            return f"Ġw{ids}"
         return [f"Ġw{one}" for one in ids]
 
-    def decode(self, ids: Tensor, *, skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Tensor | list[int], /, *, skip_special_tokens: bool = False) -> str:
         """Return the text of ids."""
-        return " ".join(f"w{one}" for one in ids.tolist())
+        return " ".join(f"w{one}" for one in torch.as_tensor(ids).tolist())
 
 
 class SmallDecoder:

@@ -36,7 +36,7 @@ from mplus.mechanisms.decoder import (
     Project,
 )
 from mplus.mechanisms.opened import Insertion
-from mplus.memory.writing.chunking import Tokenizer
+from mplus.tokenizer import Tokenizer
 
 
 class Wrapped(Protocol):

@@ -31,9 +31,10 @@ from mplus.memory.sources.clock import Clock
 from mplus.memory.texts import Texts
 from mplus.memory.transaction import Streams
 from mplus.stores import STORES
+from mplus.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
     from transformers.generation.continuous_batching.requests import GenerationOutput
 
@@ -74,7 +75,7 @@ class MemoryModel(SavesAdditions):
         self,
         batch_size: int = 1,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
         store: Component | str | Mapping[str, JsonValue] | None = None,
         eviction: Component | str | Mapping[str, JsonValue] | None = None,

@@ -21,11 +21,11 @@ from mplus.mechanisms.text.state import EntryState
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
-from mplus.memory.writing.chunking import Tokenizer
 from mplus.memory.writing.passages import Passage
 from mplus.memory.writing.update import NewEntries, Update
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
+from mplus.tokenizer import Tokenizer
 
 
 class TextEngine:

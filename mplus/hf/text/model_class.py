@@ -20,9 +20,10 @@ from mplus.memory.memory import Memory
 from mplus.memory.sources.clock import Clock
 from mplus.memory.transaction import Streams
 from mplus.stores import STORES
+from mplus.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 IN_FILES = Component("mmap")
 """The store that ``Memory.open`` asks for; of a memory of text it stays empty."""
@@ -53,7 +54,7 @@ class TextMemoryModel(MemoryModel):
         self,
         batch_size: int = 1,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
         store: Component | str | Mapping[str, JsonValue] | None = None,
         eviction: Component | str | Mapping[str, JsonValue] | None = None,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from attrs import define
 from torch import Tensor
 
 from mplus.mechanisms.kv.state import KvState, state_of
 from mplus.memory.state import StreamView
 from mplus.retrievers.chunks.base import Chunks, Query
+from mplus.tokenizer import Tokenizer
 
 
 @define(frozen=True, eq=False)
@@ -35,7 +34,7 @@ class Asked:
         """The table of the stream's chunks."""
         return state_of(self.view)
 
-    def chunks(self, tokenizer: Any) -> Chunks:
+    def chunks(self, tokenizer: Tokenizer | None) -> Chunks:
         """Return the chunks of the stream, as a retriever sees them."""
         state = self.state
         return Chunks(state.chunk_length, state.token_ids, state.chunk_key, state.calibration, tokenizer)

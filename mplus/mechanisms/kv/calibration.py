@@ -24,6 +24,7 @@ from mplus.mechanisms.kv.state import KNOWN, KvState, state_of
 from mplus.memory.state import StreamView
 from mplus.retrievers.chunks.base import ChunkRetriever
 from mplus.retrievers.chunks.statements import statements
+from mplus.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,12 @@ class Calibrations:
     warned: bool = field(default=False, init=False)
 
     def of(
-        self, decoder: Decoder, view: StreamView, begin_ids: Tensor, begin: Callable[[], Tensor], tokenizer: Any
+        self,
+        decoder: Decoder,
+        view: StreamView,
+        begin_ids: Tensor,
+        begin: Callable[[], Tensor],
+        tokenizer: Tokenizer | None,
     ) -> dict[str, Tensor]:
         """Return what a stream's chunks are compared by, vectors by the names of ``KNOWN``, found now where missing.
 

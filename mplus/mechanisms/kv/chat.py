@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
 
 from attrs import define
+
+from mplus.tokenizer import ChatTokenizer, Tokenizer, has_chat_template
 
 FIRST, REPLY, SECOND = "first-content", "reply-content", "second-content"
 """Contents that are looked for in what the template renders."""
@@ -32,9 +33,9 @@ class ChatFormat:
     closing: tuple[int, ...]
 
     @staticmethod
-    def of(tokenizer: Any) -> ChatFormat | None:
+    def of(tokenizer: Tokenizer | None) -> ChatFormat | None:
         """Return the format of a tokenizer's chat template; None where it has none, or one that hides the contents."""
-        if getattr(tokenizer, "chat_template", None) is None:
+        if not has_chat_template(tokenizer):
             return None
         one = _render(tokenizer, [("user", FIRST)])
         three = _render(tokenizer, [("user", FIRST), ("assistant", REPLY), ("user", SECOND)])
@@ -64,13 +65,12 @@ def _common_end(one: str, other: str) -> str:
     return one[len(one) - shared :]
 
 
-def _render(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> str:
+def _render(tokenizer: ChatTokenizer, messages: Sequence[tuple[str, str]]) -> str:
     named = [{"role": role, "content": content} for role, content in messages]
-    rendered: str = tokenizer.apply_chat_template(named, tokenize=False, add_generation_prompt=True)
-    return rendered
+    return tokenizer.apply_chat_template(named, tokenize=False, add_generation_prompt=True)
 
 
-def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -16,7 +16,7 @@ TITLE = re.compile(r"\b(Mrs?|Ms|Dr|St|Prof|Rev|Capt|Col|Gen|Lt|Sgt|Mme?|[A-Z])\.
 LOOK_BACK = 3
 """Tokens that the end of a sentence, with what closes it, may consist of."""
 
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[list[int]], str]
 """Turns ids into text."""
 
 
@@ -40,18 +40,15 @@ def cut_at_sentences(ids: Tensor, most: int, decode: Decode) -> list[Tensor]:
     numbers, known = ids.tolist(), dict[int, str]()
     chunks, begin = [], 0
     while len(numbers) - begin > most:
-        pieces = [_piece(number, decode, known) for number in numbers[begin : begin + most + 1]]
-        end = begin + _best_end(pieces)
+        some = numbers[begin : begin + most + 1]
+        for number in some:
+            if number not in known:
+                # As it is inside of a text: many tokenizers drop a space in front of the first token.
+                known[number] = decode([number, number])[len(decode([number])) :]
+        end = begin + _best_end([known[number] for number in some])
         chunks.append(ids[begin:end])
         begin = end
     return [*chunks, ids[begin:]]
-
-
-def _piece(number: int, decode: Decode, known: dict[int, str]) -> str:
-    """Return the text of one token as it is inside of a text: many tokenizers drop a space in front of the first."""
-    if number not in known:
-        known[number] = decode([number, number])[len(decode([number])) :]
-    return known[number]
 
 
 def _best_end(pieces: Sequence[str]) -> int:
@@ -61,16 +58,11 @@ def _best_end(pieces: Sequence[str]) -> int:
         piece, apart = pieces[place - 1], pieces[place][:1].isspace()
         behind = "".join(pieces[max(place - LOOK_BACK, 0) : place])
         apart = apart or piece[-1:].isspace()
-        if _ends_sentence(behind, apart):
+        bare = behind.rstrip().rstrip(CLOSERS)
+        if behind.endswith("\n\n") or bare.endswith(WIDE_ENDS):
+            return place
+        if apart and bare.endswith(SENTENCE_ENDS) and TITLE.search(bare) is None:
             return place
         line = line or (place if "\n" in piece else 0)
         word = word or (place if apart else 0)
     return line or word or len(pieces) - 1
-
-
-def _ends_sentence(behind: str, apart: bool) -> bool:
-    """Return whether a sentence or a paragraph ends with the text ``behind``, in front of a space if ``apart``."""
-    bare = behind.rstrip().rstrip(CLOSERS)
-    if behind.endswith("\n\n") or bare.endswith(WIDE_ENDS):
-        return True
-    return apart and bare.endswith(SENTENCE_ENDS) and TITLE.search(bare) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from attrs import define
@@ -12,6 +11,7 @@ from torch.nn.functional import normalize
 
 from mplus.mechanisms.kv.passes import BegunDecoder, padded
 from mplus.retrievers.chunks.statements import statements
+from mplus.tokenizer import Tokenizer
 
 LAYERS = 4
 """Layers whose values are compared."""
@@ -36,7 +36,7 @@ class LateInteraction:
     unrelated: Tensor
 
     @staticmethod
-    def calibrate(decoder: BegunDecoder, tokenizer: Any) -> Tensor:
+    def calibrate(decoder: BegunDecoder, tokenizer: Tokenizer) -> Tensor:
         """Choose the layers in which the questions of ``statements()`` match their own passages best; see ``flat``."""
         texts = statements()
         passages, told = _values_of([one.passage for one in texts], decoder, tokenizer)
@@ -106,7 +106,7 @@ def _means_of_best(cosines: Tensor, asked: Tensor, lengths: Tensor) -> Tensor:
     return torch.stack([tokens.mean(0) for tokens in best.split(asked.tolist())])
 
 
-def _values_of(texts: Sequence[str], decoder: BegunDecoder, tokenizer: Any) -> tuple[Tensor, Tensor]:
+def _values_of(texts: Sequence[str], decoder: BegunDecoder, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """Return ``[L, n, Hkv, Dv]`` of all tokens of texts, and the tokens of each; long texts are read together."""
     ids = [torch.as_tensor(one) for one in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))

@@ -30,6 +30,7 @@ from mplus.registry import Registry
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
+from mplus.tokenizer import Tokenizer
 
 
 def _ids(value: Any) -> Any:
@@ -128,7 +129,7 @@ class KvMechanism(KvReads):
             )
         return KvState.empty(layout)
 
-    def with_tokenizer(self, state: StreamState, tokenizer: Any) -> KvState:
+    def with_tokenizer(self, state: StreamState, tokenizer: Tokenizer | None) -> KvState:
         """Note how texts begin: by the options, else by the chat template, in a stream that does not know it yet.
 
         The chunks that there are stay what they were written behind.
@@ -149,7 +150,7 @@ class KvMechanism(KvReads):
         }
         return evolve(found, **news) if news else found
 
-    def calibrate(self, decoder: Decoder, view: StreamView, tokenizer: Any) -> None:
+    def calibrate(self, decoder: Decoder, view: StreamView, tokenizer: Tokenizer | None) -> None:
         """Find out in which layers the decoder tells texts apart; say what is lost where there is no tokenizer."""
         if tokenizer is None:
             self.calibrations.warn_without_tokenizer()
@@ -158,11 +159,11 @@ class KvMechanism(KvReads):
         first = self._begin_ids(state, decoder.shape.first_token)
         self.calibrations.of(decoder, view, first, lambda: self._begins(decoder, [state])[0], tokenizer)
 
-    def chunks(self, ids: Tensor, tokenizer: Any) -> list[Tensor]:
+    def chunks(self, ids: Tensor, tokenizer: Tokenizer | None) -> list[Tensor]:
         """Cut behind sentences, lines or words; without a tokenizer, behind every ``chunk_tokens``."""
         if tokenizer is None:
             return list(ids.split(self.config.chunk_tokens))
-        return cut_at_sentences(ids, self.config.chunk_tokens, tokenizer.decode)
+        return cut_at_sentences(ids, self.config.chunk_tokens, lambda some: str(tokenizer.decode(some)))
 
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
         """Run one pass over a chunk of every stream, behind its begin and the newest chunks of its source."""

@@ -28,6 +28,7 @@ from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamView
 from mplus.memory.writing.update import check_finite
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
+from mplus.tokenizer import Tokenizer
 
 NOTHING = ChosenChunks(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
 
@@ -232,7 +233,9 @@ class KvReads(MemoryMechanism):
     def save_retriever(self, folder: Path) -> Mapping[str, str]:
         return self.chunk_retriever.save_files(folder)
 
-    def search(self, decoder: Decoder, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
+    def search(
+        self, decoder: Decoder, view: StreamView, text: str, k: int, tokenizer: Tokenizer | None
+    ) -> list[FoundText]:
         """Return the chunks that ``text`` brings back, scored as in a read, whatever their length."""
         if tokenizer is None:
             raise InputError("a search needs a tokenizer: pass tokenizer= to new_memory, load or open")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from attrs import define
@@ -15,6 +14,7 @@ from mplus.mechanisms.kv.passes import BegunDecoder, padded
 from mplus.mechanisms.kv.ranking import Ranking, ranked
 from mplus.mechanisms.search import choose
 from mplus.retrievers.chunks.base import ChunkRetriever, Chunks
+from mplus.tokenizer import Tokenizer, says_pieces
 
 BEHIND = 1e6
 """What keeps chunks that were not reordered behind those that were."""
@@ -39,7 +39,7 @@ class Retrieval:
     likelihood: bool = False
 
     @torch.no_grad()
-    def choose(self, decoder: Decoder, asked: Sequence[Asked], tokenizer: Any) -> list[ChosenChunks]:
+    def choose(self, decoder: Decoder, asked: Sequence[Asked], tokenizer: Tokenizer | None) -> list[ChosenChunks]:
         """Return the best chunks above the threshold that fit, for each row; of near-equal ones the newest first."""
         questions = self.queries(decoder, asked, tokenizer)
         found = [self._able(one, own, tokenizer) for one, own in zip(asked, questions, strict=True)]
@@ -55,7 +55,7 @@ class Retrieval:
         return [self._fitting(*one) for one in zip(asked, found, rankings, strict=True)]
 
     @torch.no_grad()
-    def queries(self, decoder: Decoder, asked: Sequence[Asked], tokenizer: Any) -> list[list[Question]]:
+    def queries(self, decoder: Decoder, asked: Sequence[Asked], tokenizer: Tokenizer | None) -> list[list[Question]]:
         """Return what each row asks with: its question, and that without what is said behind a question mark.
 
         The keys of all that is asked of streams with the same statistics are made in one pass.
@@ -73,7 +73,7 @@ class Retrieval:
         return found
 
     def _read(
-        self, decoder: Decoder, asked: Sequence[Asked], texts: Sequence[tuple[int, Tensor]], tokenizer: Any
+        self, decoder: Decoder, asked: Sequence[Asked], texts: Sequence[tuple[int, Tensor]], tokenizer: Tokenizer | None
     ) -> list[Question]:
         """Return the questions ``texts``, ids with the row that asks them, as they are compared with chunks."""
         ids, mask = padded([own for _, own in texts])
@@ -91,7 +91,7 @@ class Retrieval:
         near = scores >= scores.max() - self.retriever.near if len(scores) else torch.empty(0, dtype=torch.bool)
         return Ranking(scores, near)
 
-    def _able(self, asked: Asked, queries: Sequence[Question], tokenizer: Any) -> ChosenChunks:
+    def _able(self, asked: Asked, queries: Sequence[Question], tokenizer: Tokenizer | None) -> ChosenChunks:
         """Return all chunks above the threshold that have room and do not stand in the prompt, the newest first."""
         chunks = asked.chunks(tokenizer)
         scores = torch.stack([self.retriever.scores(query, chunks) for query in queries]).amax(0)
@@ -110,9 +110,9 @@ class Retrieval:
         return found.at(order[: self.chunks])
 
 
-def _parts(question: Tensor, tokenizer: Any) -> list[Tensor]:
+def _parts(question: Tensor, tokenizer: Tokenizer | None) -> list[Tensor]:
     """Return a question, and what it has up to its last question mark where that is less: an instruction may follow."""
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+    if not says_pieces(tokenizer):
         return [question]
     pieces = tokenizer.convert_ids_to_tokens(question.tolist())  # None for an id that the tokenizer does not have
     marks = [place for place, piece in enumerate(pieces) if "?" in (piece or "")]

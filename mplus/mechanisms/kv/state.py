@@ -14,6 +14,7 @@ from mplus.memory.merging.incoming import Incoming
 from mplus.memory.state import StreamState, StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.tokenizer import Tokenizer
 
 TABLE = ("chunk_length", "chunk_source", "chunk_time", "token_ids")
 """The tensors of memories that were saved when nothing but the table was kept."""
@@ -152,7 +153,7 @@ class KvState(StreamState):
             late_interaction=self.late_interaction,
         )
 
-    def check_rewritable(self, tokenizer: object) -> None:
+    def check_rewritable(self, tokenizer: Tokenizer | None) -> None:
         if len(self.calibration) and tokenizer is None:
             raise InputError(
                 "chunks of this memory are found by hidden states, for which the retriever reads texts of its own: set "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.nn.functional import normalize
 
 from mplus.config import must_be
 from mplus.mechanisms.text.asking import Ask
-from mplus.retrievers.chunks.dense import encoder_class
+from mplus.retrievers.chunks.dense import Encoder, encoder_class
 
 WIDTH = 1024
 """Numbers of a vector of n-grams."""
@@ -50,7 +49,7 @@ class TextVectors:
     def __init__(self, source: str) -> None:
         self.source = source
         self._tables: tuple[dict[str, Tensor], ...] = ()
-        self._encoder: Any = None
+        self._encoder: Encoder | None = None
 
     def of(self, texts: Sequence[str], ask: Ask | None) -> Tensor:
         """Return ``[n, w]`` float32, the vector of each text; of one that is empty, zeros, which are near to nothing.
@@ -84,13 +83,12 @@ class TextVectors:
     def _encoded(self, texts: Sequence[str]) -> Tensor:
         if self._encoder is None:
             self._encoder = encoder_class(f"vectors = {self.source!r}")(self.source.removeprefix("encoder:"))
-        found: Tensor = self._encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
-        return found.cpu()
+        return self._encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).cpu()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, str]:
         return {"source": self.source}  # the encoder is loaded again
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, str]) -> None:
         self.__init__(state["source"])  # type: ignore[misc]
 
 

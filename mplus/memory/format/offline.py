@@ -28,9 +28,9 @@ from mplus.memory.sources.listing import Held, listed
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.sources.text import text_of_source
 from mplus.memory.state import LONG_TERM, PlainState, StreamState, StreamView
-from mplus.memory.writing.chunking import Tokenizer
 from mplus.stores.base import MemoryStore
 from mplus.stores.disk.files import FileSystem, Folder
+from mplus.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

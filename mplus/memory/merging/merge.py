@@ -22,11 +22,11 @@ from mplus.memory.state import StreamState, StreamView
 from mplus.memory.texts import Text, Texts
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.change import context_of
-from mplus.memory.writing.chunking import Tokenizer
 from mplus.memory.writing.passes import write_streams
 from mplus.memory.writing.plan import StreamWrite, check_dtype, prepare_write
 from mplus.memory.writing.update import check_absorbed
 from mplus.stores.base import StoreLayout
+from mplus.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory

@@ -23,11 +23,12 @@ from mplus.memory.sources.source import Source
 from mplus.memory.sources.writes import WriteLog, WriteRecord
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts
-from mplus.memory.writing.chunking import Tokenizer, check_vocabulary
+from mplus.memory.writing.chunking import check_vocabulary
 from mplus.memory.writing.once import resumed
 from mplus.memory.writing.passes import write_streams
 from mplus.memory.writing.plan import StreamWrite, cut_ids, planned, prepare_write
 from mplus.stores.disk.files import FileSystem, Folder
+from mplus.tokenizer import Tokenizer
 
 UNFINISHED = ".rewriting"
 """Ends the name of the directory in which a memory is made anew, beside the one that it gets."""

@@ -18,7 +18,7 @@ from mplus.memory.sources.rebuild import KEPT
 from mplus.memory.sources.source import Source
 from mplus.memory.sources.writes import WriteRecord
 from mplus.memory.state import StreamState
-from mplus.memory.writing.chunking import Tokenizer
+from mplus.tokenizer import Tokenizer
 
 WRITE_ID = "mplus.rewrite_memory:"
 """Begins the ids of the writes by which a memory is made anew, as long as that lasts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mplus.errors import InputError, NotSupported
 from mplus.memory.sources.forget import check_known
 from mplus.memory.state import StreamState
-from mplus.memory.writing.chunking import Tokenizer
+from mplus.tokenizer import Tokenizer
 
 
 def text_of_source(state: StreamState, source: str | None, tokenizer: Tokenizer | None) -> str:

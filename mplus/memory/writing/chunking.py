@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from attrs import define
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mplus.errors import InputError
 from mplus.memory.writing.messages import Message, is_conversation, turns
+from mplus.tokenizer import Tokenizer
 
 Ids: TypeAlias = Tensor | Sequence[int]
 """Token ids ``[n]``."""
@@ -32,16 +33,6 @@ class Turns:
 
 Item: TypeAlias = str | Ids | Turns | None
 """What is to be written to one batch row."""
-
-
-class Tokenizer(Protocol):
-    """Turns text into ids and back, as the tokenizers of transformers do."""
-
-    def __call__(self, text: str | list[str], /, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
-        """Return the ids of a text, or of each of several, as ``input_ids``."""
-
-    def decode(self, token_ids: Tensor, /, *, skip_special_tokens: bool) -> str | list[str]:
-        """Return the text of ids ``[n]``."""
 
 
 def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]:

@@ -11,7 +11,8 @@ from attrs import define
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.memory.writing.chunking import NOTHING, Ids, Tokenizer, Turns, WriteData, checked_ids, to_items
+from mplus.memory.writing.chunking import NOTHING, Ids, Turns, WriteData, checked_ids, to_items
+from mplus.tokenizer import Tokenizer
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*")
 WORD_END = re.compile(r"\s+")

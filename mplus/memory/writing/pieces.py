@@ -18,10 +18,11 @@ from mplus.memory.engine import Engine
 from mplus.memory.report import LONG, WriteReport, progress_bar
 from mplus.memory.sources.expiry import facts_of
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import NOTHING, Ids, Tokenizer, check_vocabulary, cut_up, to_names, to_rows
+from mplus.memory.writing.chunking import NOTHING, Ids, check_vocabulary, cut_up, to_names, to_rows
 from mplus.memory.writing.passages import PassageCutter, to_text
 from mplus.memory.writing.passes import tail_write, write_streams
 from mplus.memory.writing.plan import StreamWrite, cut_ids, passage_write, prepare_write
+from mplus.tokenizer import Tokenizer
 
 
 def write_pieces(

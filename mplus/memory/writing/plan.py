@@ -22,7 +22,6 @@ from mplus.memory.transaction import Streams
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.chunking import (
     SourceNames,
-    Tokenizer,
     WriteData,
     check_vocabulary,
     cut_up,
@@ -31,6 +30,7 @@ from mplus.memory.writing.chunking import (
     to_rows,
 )
 from mplus.memory.writing.passages import Passage, cut, to_texts, with_ids
+from mplus.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory

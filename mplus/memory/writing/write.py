@@ -17,10 +17,11 @@ from mplus.memory.sources.expiry import facts_of
 from mplus.memory.transaction import Streams
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.at_once import write_all_at_once
-from mplus.memory.writing.chunking import SourceNames, Tokenizer, WriteData, check_chunk, check_vocabulary, to_names
+from mplus.memory.writing.chunking import SourceNames, WriteData, check_chunk, check_vocabulary, to_names
 from mplus.memory.writing.once import report_of, resumed
 from mplus.memory.writing.passes import write_all, write_streams
 from mplus.memory.writing.plan import NOTHING, StreamWrite, planned, prepare_write
+from mplus.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
 from mplus.config import JsonValue
+from mplus.tokenizer import Tokenizer
 
 
 @define(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Chunks:
     ids: Tensor
     keys: Tensor
     calibration: Tensor = field(factory=lambda: torch.empty(0))
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -137,7 +138,7 @@ class ChunkRetriever(ABC):
         """Write what ``files`` are into a folder, for ``save_pretrained``; return the name of each there by option."""
         return {}
 
-    def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
+    def calibrate(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> Tensor:
         """Return what has to be known of a decoder to compare texts, as one vector ``[x]`` float32; by default nothing.
 
         It is kept with the memory, so that its chunks are compared as they were when they were written.
@@ -148,7 +149,9 @@ class ChunkRetriever(ABC):
         """
         return torch.empty(0)
 
-    def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:
+    def chunk_keys(
+        self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Tokenizer | None
+    ) -> Tensor:
         """Return the keys ``[B, v]`` of chunks of equal length; by default there are none, of width 0.
 
         Args:
@@ -160,7 +163,7 @@ class ChunkRetriever(ABC):
         return torch.empty(ids.shape[0], 0)
 
     def query_keys(
-        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Any
+        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Tokenizer | None
     ) -> Tensor:
         """Return the keys ``[B, v]`` of questions; by default there are none, of width 0.
 

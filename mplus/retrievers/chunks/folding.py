@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from attrs import define
 from torch import Tensor
+
+from mplus.tokenizer import PieceTokenizer
 
 SPACES = ("Ġ", "▁")
 """What stands for a leading space in the pieces of byte-level and of SentencePiece vocabularies."""
@@ -38,9 +38,9 @@ class Folding:
     inside: Tensor
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Folding:
+    def of(cls, tokenizer: PieceTokenizer) -> Folding:
         """Make the tables of a tokenizer of transformers."""
-        pieces = [*map(str, tokenizer.convert_ids_to_tokens(range(len(tokenizer)))), ""]
+        pieces = [*map(str, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))), ""]
         special = set(tokenizer.all_special_ids)
         letters = [_folded(piece) if place not in special else "" for place, piece in enumerate(pieces)]
         # A script without case has no spaces between words, as a rule: its pieces count one by one.

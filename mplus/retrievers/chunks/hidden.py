@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from attrs import define, field
@@ -13,6 +13,7 @@ from torch.nn.functional import normalize, pad
 from mplus.config import whole
 from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, between
 from mplus.retrievers.chunks.statements import statements
+from mplus.tokenizer import Tokenizer
 
 BATCH = 16
 """Statements in one pass."""
@@ -110,10 +111,10 @@ class HiddenRetriever(ChunkRetriever):
     def key_size(self, shape: ChunkShape) -> int:
         return min(self.options.layers, shape.depth + 1) * shape.hidden_size
 
-    def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
+    def calibrate(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> Tensor:
         return self.calibrated(decoder, tokenizer)[0]
 
-    def calibrated(self, decoder: ChunkDecoder, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    def calibrated(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
         """Return what ``calibrate`` does, and the scores ``[n, n]`` float64 of all passages for all questions."""
         texts = statements()
         passages = means_of([one.passage for one in texts], decoder, tokenizer)
@@ -125,7 +126,9 @@ class HiddenRetriever(ChunkRetriever):
         return torch.cat([known.flat(), between(similar).float()[None]]), similar
 
     @torch.no_grad()
-    def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:
+    def chunk_keys(
+        self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Tokenizer | None
+    ) -> Tensor:
         if not len(calibration):
             return super().chunk_keys(ids, hidden_states, calibration, tokenizer)
         known = _statistics(calibration)
@@ -133,7 +136,7 @@ class HiddenRetriever(ChunkRetriever):
         return standardised(means, known.chunks).flatten(1).half()
 
     def query_keys(
-        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Any
+        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Tokenizer | None
     ) -> Tensor:
         if not len(calibration):
             return super().query_keys(ids, mask, decoder, calibration, tokenizer)
@@ -159,7 +162,7 @@ def _statistics(calibration: Tensor) -> Statistics:
     return Statistics.from_flat(calibration[:-1])  # the last one is the threshold
 
 
-def means_of(texts: Sequence[str], decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
+def means_of(texts: Sequence[str], decoder: ChunkDecoder, tokenizer: Tokenizer) -> Tensor:
     """Return ``[n, depth + 1, d]``, the mean hidden states of texts, read a few at a time, the long ones together."""
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ids = [torch.as_tensor(one) for one in encoded]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from attrs import define, field
@@ -15,6 +15,7 @@ from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, C
 from mplus.retrievers.chunks.hidden import HiddenRetriever, compared
 from mplus.retrievers.chunks.trained import TrainedRetriever
 from mplus.retrievers.chunks.words import WordRetriever, share
+from mplus.tokenizer import Tokenizer
 
 
 class HybridRetriever(ChunkRetriever):
@@ -68,15 +69,17 @@ class HybridRetriever(ChunkRetriever):
     def key_size(self, shape: ChunkShape) -> int:
         return self.hidden.key_size(shape)
 
-    def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
+    def calibrate(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> Tensor:
         found, similar = self.hidden.calibrated(decoder, tokenizer)
         return torch.cat([found[:-1], between(similar + self.words.similar(tokenizer)).float()[None]])
 
-    def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:
+    def chunk_keys(
+        self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Tokenizer | None
+    ) -> Tensor:
         return self.hidden.chunk_keys(ids, hidden_states, calibration, tokenizer)
 
     def query_keys(
-        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Any
+        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Tokenizer | None
     ) -> Tensor:
         return self.hidden.query_keys(ids, mask, decoder, calibration, tokenizer)
 

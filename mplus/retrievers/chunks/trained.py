@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from attrs import define, field
@@ -21,6 +21,7 @@ from mplus.errors import CheckpointError, MemoryMismatchError
 from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, between
 from mplus.retrievers.chunks.hidden import compared, means_of, means_of_tokens, standardised
 from mplus.retrievers.chunks.statements import statements
+from mplus.tokenizer import Tokenizer
 
 SAVED = "retriever.safetensors"
 """The file that ``save_pretrained`` writes."""
@@ -167,10 +168,10 @@ class TrainedRetriever(ChunkRetriever):
     def key_size(self, shape: ChunkShape) -> int:
         return self.maps.width
 
-    def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
+    def calibrate(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> Tensor:
         return self.calibrated(decoder, tokenizer)[0]
 
-    def calibrated(self, decoder: ChunkDecoder, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    def calibrated(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
         """Return what ``calibrate`` does, and the scores ``[n, n]`` float64 of all passages for all questions."""
         if decoder.weights != self.maps.decoder:
             raise CheckpointError(
@@ -188,7 +189,9 @@ class TrainedRetriever(ChunkRetriever):
         return torch.cat([self._parts(), unit]), similar
 
     @torch.no_grad()
-    def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:
+    def chunk_keys(
+        self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Tokenizer | None
+    ) -> Tensor:
         if not len(calibration):
             return super().chunk_keys(ids, hidden_states, calibration, tokenizer)
         self._check(calibration)
@@ -197,7 +200,7 @@ class TrainedRetriever(ChunkRetriever):
 
     @torch.no_grad()
     def query_keys(
-        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Any
+        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Tokenizer | None
     ) -> Tensor:
         if not len(calibration):
             return super().query_keys(ids, mask, decoder, calibration, tokenizer)

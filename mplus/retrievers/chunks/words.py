@@ -16,6 +16,7 @@ from mplus.retrievers.chunks.base import ChunkRetriever, Chunks, Query, between
 from mplus.retrievers.chunks.bm25 import Background, bm25
 from mplus.retrievers.chunks.folding import Folding
 from mplus.retrievers.chunks.statements import statements
+from mplus.tokenizer import PieceTokenizer, Tokenizer, says_pieces
 
 UNIT = 8.0
 """Score of a chunk that has all words of the question once: about what ``HiddenRetriever`` gives to a similar one."""
@@ -83,7 +84,7 @@ class WordRetriever(ChunkRetriever):
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)
-        self._known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[PieceTokenizer, _Known] = WeakKeyDictionary()
 
     def scores(self, query: Query, chunks: Chunks) -> Tensor:
         asked, known = query.ids.cpu(), self._known_of(chunks.tokenizer)
@@ -97,21 +98,21 @@ class WordRetriever(ChunkRetriever):
         known = self._known_of(chunks.tokenizer)
         return 0.0 if known is None else float(between(known.similar))
 
-    def similar(self, tokenizer: Any) -> Tensor:
+    def similar(self, tokenizer: Tokenizer | None) -> Tensor:
         """Return the scores ``[n, n]`` of the passages of all statements for their questions; 0 without a tokenizer."""
         known = self._known_of(tokenizer)
         return torch.zeros(1, 1, dtype=torch.float64) if known is None else known.similar
 
-    def _known_of(self, tokenizer: Any) -> _Known | None:
+    def _known_of(self, tokenizer: Tokenizer | None) -> _Known | None:
         """Return what is known of a tokenizer; None of one that does not say its pieces, or none."""
-        if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        if not says_pieces(tokenizer):
             return None
         found = self._known.get(tokenizer)
         if found is None:
             found = self._known[tokenizer] = self._learned(tokenizer)
         return found
 
-    def _learned(self, tokenizer: Any) -> _Known:
+    def _learned(self, tokenizer: PieceTokenizer) -> _Known:
         folding, texts = Folding.of(tokenizer), statements()
         passages, lengths = _words([one.passage for one in texts], folding, tokenizer)
         questions, asked = _words([one.question for one in texts], folding, tokenizer)
@@ -129,7 +130,7 @@ class WordRetriever(ChunkRetriever):
         self.__dict__.update(state, _known=WeakKeyDictionary())
 
 
-def _words(texts: Sequence[str], folding: Folding, tokenizer: Any) -> tuple[Tensor, Tensor]:
+def _words(texts: Sequence[str], folding: Folding, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """Return the words of texts, ``[m]``, and how many each has, ``[n]``."""
     encoded = [torch.tensor(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     return folding.words(torch.cat(encoded), torch.tensor([len(ids) for ids in encoded]))

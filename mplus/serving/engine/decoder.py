@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from attrs import define
+from torch import nn
 
 from mplus.errors import CheckpointError
+from mplus.hf.model.installed import Decoder
+from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.model.sizes import known_positions
 from mplus.hf.pretrained.chat_model import load_chat_model, with_memory
 from mplus.hf.pretrained.load import from_pretrained, without_bars
 from mplus.serving.messages import ModelFacts
+from mplus.tokenizer import Tokenizer
 
 ADDITIONS = ".model"
 """Folder, beside the tenants', of what ``wrap`` added to a decoder that was not saved with a memory."""
+
+
+class NamedTokenizer(Tokenizer, Protocol):
+    """A tokenizer that was loaded from a folder."""
+
+    name_or_path: str
 
 
 @define(frozen=True, eq=False)
@@ -29,13 +39,13 @@ class ServedDecoder:
         ends: ids of tokens that end an answer.
     """
 
-    model: Any
-    tokenizer: Any
+    model: MemoryModel
+    tokenizer: Tokenizer
     facts: ModelFacts
     ends: frozenset[int]
 
     @staticmethod
-    def of(model: Any, tokenizer: Any, name: str) -> ServedDecoder:
+    def of(model: MemoryModel, tokenizer: NamedTokenizer, name: str) -> ServedDecoder:
         """Return a decoder that is loaded already, under the name that clients ask for it by."""
         engine = model.mplus_engine
         end = model.generation_config.eos_token_id
@@ -48,7 +58,7 @@ class ServedDecoder:
             mechanism=engine.mechanism.name,
             created=int(time.time()),
         )
-        return ServedDecoder(model.eval(), tokenizer, facts, ends)
+        return ServedDecoder(nn.Module.eval(model), tokenizer, facts, ends)
 
     @staticmethod
     def load(
@@ -74,34 +84,31 @@ class ServedDecoder:
         return ServedDecoder.of(model, tokenizer, served_name or (Path(name).name if Path(name).exists() else name))
 
 
-def _wrapped(decoder: Any, kept: Path, mechanism: str | None) -> Any:
+def _wrapped(decoder: Decoder, kept: Path, mechanism: str | None) -> MemoryModel:
     """Return a decoder with the additions of the first start; the first start makes and keeps them."""
     with without_bars():
         if kept.is_dir():
-            model = from_pretrained(kept, base=decoder)
+            model: MemoryModel = from_pretrained(kept, base=decoder)
             saved = model.mplus_engine.mechanism.name
             if mechanism not in (None, saved):
                 raise CheckpointError(
                     f"the memories in {kept.parent} were made with the mechanism {saved!r}, got {mechanism!r}: leave "
                     "it out, or give another folder"
                 )
-            return model.eval()
-        model = with_memory(decoder, mechanism).eval()
+            return model
+        model = with_memory(decoder, mechanism)
         draft = kept.with_name(f"{ADDITIONS}-draft")
         model.save_pretrained(draft)
         draft.rename(kept)
     return model
 
 
-def _context(model: Any) -> int:
+def _context(model: MemoryModel) -> int:
     """Return the positions for a prompt and its answer, beside what is read."""
     positions = known_positions(model.config.get_text_config(decoder=True))
     if positions is None:
         return 2**20
-    config = model.mplus_engine.config
-    return max(positions - _read_positions(model.mplus_engine, config), positions // 2)
-
-
-def _read_positions(engine: Any, config: Any) -> int:
+    engine, config = model.mplus_engine, model.mplus_config
     rows = (config.retrieved_tokens or 0) + (0 if engine.mechanism.retrieves_in_open else config.short_term_tokens or 0)
-    return int(engine.retrofit.positions.extent(1 + rows))
+    # A memory that takes nearly all positions leaves half of them, so that there is room for a prompt at all.
+    return max(positions - int(engine.retrofit.positions.extent(1 + rows)), positions // 2)

@@ -8,11 +8,11 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from attrs import define, field
 
@@ -58,6 +58,8 @@ class Close:
 
 
 ToEngine: TypeAlias = Submit | Cancel | AskMetrics | Close
+FromEngine: TypeAlias = ModelFacts | Sequence[Delivery] | Exception
+"""The facts of the decoder once it is there, news of requests, or why there is no decoder."""
 
 
 class ProcessEngine(NumberedClient):
@@ -181,7 +183,7 @@ class ProcessEngine(NumberedClient):
             LOG.error("the engine's process has ended and is started again")
             self._process, self._channel = self._started()
 
-    def _received(self, message: Any) -> None:
+    def _received(self, message: FromEngine) -> None:
         if isinstance(message, ModelFacts):
             self._facts = message
             self._settled.set()
@@ -203,7 +205,7 @@ class Sender:
     channel: Connection
     _lock: threading.Lock = field(factory=threading.Lock)
 
-    def send(self, message: Any) -> None:
+    def send(self, message: FromEngine) -> None:
         """Send a message; to nobody where the front is gone, which the engine will see."""
         with self._lock, contextlib.suppress(OSError):
             self.channel.send(message)

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from attrs import define, field
 from starlette.requests import ClientDisconnect, Request
@@ -33,13 +33,13 @@ class Answers:
         front: of the server.
         requests: one for each prompt.
         record: of the HTTP request.
-        cut_off: is called when the client turns out not to read.
+        cut_off: ends the sending, when the client turns out not to read; returns whether there was something to end.
     """
 
     front: Front
     requests: Sequence[Generate]
     record: RequestRecord
-    cut_off: Callable[[], object] = lambda: None
+    cut_off: Callable[[], bool] = lambda: False
     _items: deque[Step | Exception] = field(factory=deque, init=False)
     _wake: asyncio.Event = field(factory=asyncio.Event, init=False)
     _tasks: list[asyncio.Task[None]] = field(factory=list, init=False)
@@ -138,7 +138,7 @@ class Answers:
         self._last = now
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
     """Return what ``work`` does, or cancel it when the client leaves; the body must have been read.
 
     Raises ClientDisconnect: it left.

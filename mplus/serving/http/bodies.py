@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request
 
+from mplus.config import JsonValue
 from mplus.serving.errors import ServingError
 from mplus.serving.http.errors import SHOWN, bad_request, validation_error
 
@@ -30,7 +32,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _only_supported(cls, value: object) -> object:
+    def _only_supported(cls, value: JsonValue) -> JsonValue:
         if not isinstance(value, dict):
             return value
         if name := cls.refused(value):
@@ -41,12 +43,12 @@ class Body(BaseModel):
         """Check what fields have to do with each other. Raises ServingError (400)."""
 
     @classmethod
-    def refused(cls, value: dict[str, Any]) -> str | None:
+    def refused(cls, value: Mapping[str, JsonValue]) -> str | None:
         """Return the first field of an object that this server does not have; None: there is none."""
         return next((name for name, one in value.items() if name in cls.unsupported and one not in (None, [])), None)
 
 
-def _id_text(value: object) -> object:
+def _id_text(value: JsonValue) -> JsonValue:
     if isinstance(value, str) and len(value) > 128:
         raise ValueError("must have at most 128 characters")
     return value
@@ -76,7 +78,7 @@ async def read_body(request: Request, kind: type[M]) -> M:
     return validated(kind, parse(await request.body()))
 
 
-def parse(raw: bytes) -> dict[str, Any]:
+def parse(raw: bytes) -> dict[str, JsonValue]:
     """Return the object that JSON text holds: no NaN, no lone surrogates, not deeper than 200. Raises ServingError."""
     try:
         plain = pydantic_core.from_json(raw, allow_inf_nan=False)
@@ -88,7 +90,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     return plain
 
 
-def validated(kind: type[M], plain: dict[str, Any]) -> M:
+def validated(kind: type[M], plain: dict[str, JsonValue]) -> M:
     """Return an object as a body of its kind. Raises ServingError (400)."""
     if name := kind.refused(plain):
         raise bad_request(f"{name} is not supported by this server", name, "unsupported_parameter")

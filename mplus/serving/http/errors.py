@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from mplus.serving.errors import Kind, ServingError
 
@@ -19,6 +17,7 @@ KINDS: dict[int, tuple[Kind, str]] = {
     405: ("invalid_request_error", "method_not_allowed"),
 }
 """Type and code of the errors that the web framework raises, by status."""
+TYPES = {"str", "int", "float", "bool"}
 SHOWN = 100
 """Characters of a client's own words that an error message repeats."""
 
@@ -52,7 +51,8 @@ def validation_error(error: ValidationError, prefix: str | None = None) -> Servi
     # Where a field may be of several types, the one that was meant is that which fits furthest.
     first = max((one for one in found if one["loc"][:1] == found[0]["loc"][:1]), key=lambda one: len(one["loc"]))
     place = [prefix, *first["loc"]] if prefix else list(first["loc"])
-    names = [str(part) for part in place if isinstance(part, int) or not _is_type(part)]
+    # In a place, pydantic names the types that it tried, too: those are no fields.
+    names = [str(part) for part in place if not (isinstance(part, str) and (part in TYPES or "[" in part))]
     param = names[0][:SHOWN] if names else None
     where = ".".join(names)[:SHOWN] or "the body"
     if first["type"] == "extra_forbidden":
@@ -61,25 +61,19 @@ def validation_error(error: ValidationError, prefix: str | None = None) -> Servi
     return bad_request(f"{where}: {message[:1].lower()}{message[1:]}", param, "invalid_value")
 
 
-def _is_type(part: str | None) -> bool:
-    """Return whether a part of a place names one of several types that pydantic tried, and no field."""
-    return part is not None and (part in {"str", "int", "float", "bool"} or "[" in part)
-
-
 def install_error_handlers(app: FastAPI) -> None:
     """Let the app answer every error that its routes raise in OpenAI's form."""
 
-    async def serving(_: Request, error: Any) -> Response:
+    @app.exception_handler(ServingError)
+    async def serving(_: Request, error: ServingError) -> Response:
         return error_response(error)
 
-    async def http(request: Request, error: Any) -> Response:
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
         return error_response(_of_framework(error, request.scope))
 
-    app.add_exception_handler(ServingError, serving)
-    app.add_exception_handler(HTTPException, http)
 
-
-def _of_framework(error: HTTPException, scope: Mapping[str, Any]) -> ServingError:
+def _of_framework(error: HTTPException, scope: Scope) -> ServingError:
     other: tuple[Kind, str | None] = ("server_error" if error.status_code >= 500 else "invalid_request_error", None)
     kind, code = KINDS.get(error.status_code, other)
     message = {

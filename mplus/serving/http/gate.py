@@ -6,9 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import MutableMapping
 from ipaddress import ip_address
-from typing import Any
 from urllib.parse import urlsplit
 
 from attrs import define
@@ -136,7 +134,7 @@ class Gate:
 
         return counting
 
-    def _end(self, record: RequestRecord, scope: MutableMapping[str, Any]) -> None:
+    def _end(self, record: RequestRecord, scope: Scope) -> None:
         record.route = getattr(scope.get("route"), "path", "unknown")
         if record.reason == "-" and record.status >= 400:
             record.reason = "disconnect" if record.status == 499 else "error"

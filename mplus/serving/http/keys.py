@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 from attrs import asdict, define, evolve, field
 from filelock import FileLock
 
+from mplus.config import JsonValue
 from mplus.errors import ConfigError
 from mplus.stores.disk.files import FileSystem
 
@@ -66,9 +67,14 @@ class KeyRecord:
     requests: int | None = None
     revoked: str | None = None
 
-    def public(self) -> dict[str, Any]:
+    def public(self) -> dict[str, JsonValue]:
         """Return what may be shown of it."""
-        known = {"id": self.id, "tenant": self.tenant, "rights": list(self.rights), "made": self.made}
+        known: dict[str, JsonValue] = {
+            "id": self.id,
+            "tenant": self.tenant,
+            "rights": list(self.rights),
+            "made": self.made,
+        }
         return known if self.requests is None else {**known, "requests": self.requests}
 
 

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 from attrs import define, field
 from tokenizers.pre_tokenizers import ByteLevel
@@ -17,7 +17,9 @@ from mplus.hf.pretrained.load import load_tokenizer
 from mplus.serving.errors import ServingError
 from mplus.serving.http.errors import bad_request
 from mplus.serving.http.text import IncrementalText
+from mplus.tokenizer import PieceTokenizer, has_chat_template
 
+Prompt = TypeVar("Prompt")
 LONG = 20_000
 """Characters from which on a text is tokenized in a thread."""
 CHARACTERS_PER_TOKEN = 64
@@ -39,7 +41,7 @@ class Tokenizer:
     folder: str
     context: int
     vocabulary: int
-    model: Any = field(init=False)
+    model: PieceTokenizer = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.model = load_tokenizer(self.folder)
@@ -52,7 +54,7 @@ class Tokenizer:
     @property
     def has_template(self) -> bool:
         """Messages go through a chat template; else their contents are joined by newlines."""
-        return getattr(self.model, "chat_template", None) is not None
+        return has_chat_template(self.model)
 
     # ------------------------------------------------------------------ text to ids
 
@@ -130,5 +132,5 @@ class Tokenizer:
         return letters if set(ByteLevel.alphabet()) == set(letters) else {}
 
 
-async def _encode(encode: Callable[[Any], list[int]], given: Any, size: int) -> list[int]:
+async def _encode(encode: Callable[[Prompt], list[int]], given: Prompt, size: int) -> list[int]:
     return encode(given) if size < LONG else await asyncio.to_thread(encode, given)

@@ -125,7 +125,7 @@ class RayEngineClient:
             if not ended:
                 response.cancel()
 
-    async def _ask(self, method: str, key: str, *arguments: object) -> Any:
+    async def _ask(self, method: str, key: str, *arguments: Command) -> Any:  # Ray's, not typed
         reply = await self.handle.options(method_name=method, multiplexed_model_id=key).remote(*arguments)
         if isinstance(reply, ServingError):
             raise reply

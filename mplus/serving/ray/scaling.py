@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
-from mplus.config import whole
+from mplus.config import JsonValue, whole
 from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class WantedEngines:
     def __init__(self, places: int) -> None:
         self.places = places
 
-    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, JsonValue]]:
         """Return the number of engines to have, and what to remember (nothing)."""
         told = context.aggregated_metrics or {}
         waiting, running = (sum(told.get(name, {}).values()) for name in ("requests_waiting", "requests_running"))

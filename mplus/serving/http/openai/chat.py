@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from attrs import define, field
 from fastapi import APIRouter
@@ -18,7 +17,7 @@ from mplus.serving.http.front import FrontOf, Reader, memory_name, record_of
 from mplus.serving.http.openai.logprobs import chat_logprobs
 from mplus.serving.http.openai.remember import rememberer
 from mplus.serving.http.openai.rows import Delta, Reply, Scored
-from mplus.serving.http.openai.running import Plain, Run, frame
+from mplus.serving.http.openai.running import JsonObject, Run, frame
 from mplus.serving.http.openai.schemas import ChatBody
 from mplus.serving.messages import Generate
 
@@ -58,15 +57,17 @@ class _ChatShape:
     def piece(self, reply: Reply, delta: Delta) -> Iterator[str]:
         yield self._chunk(delta.row, {"content": delta.text}, logprobs=self._logprobs(reply, delta.scored))
 
-    def closing(self, reply: Reply, memory_error: Plain | None) -> Iterator[str]:
+    def closing(self, reply: Reply, memory_error: JsonObject | None) -> Iterator[str]:
         for row in reply.rows:
-            told = {"memory_error": memory_error} if memory_error is not None and row is reply.rows[-1] else {}
+            told: JsonObject = (
+                {"memory_error": memory_error} if memory_error is not None and row is reply.rows[-1] else {}
+            )
             yield self._chunk(row.index, {}, row.finish, more=told)
         if self.body.include_usage:
             yield frame({**self._head("chat.completion.chunk"), "choices": [], "usage": reply.usage()})
 
-    def whole(self, reply: Reply, memory_error: Plain | None) -> Plain:
-        choices = [
+    def whole(self, reply: Reply, memory_error: JsonObject | None) -> JsonObject:
+        choices: list[JsonObject] = [
             {
                 "index": row.index,
                 "message": {"role": "assistant", "content": row.text, "refusal": None},
@@ -75,24 +76,24 @@ class _ChatShape:
             }
             for row in reply.rows
         ]
-        told = {} if memory_error is None else {"memory_error": memory_error}
+        told: JsonObject = {} if memory_error is None else {"memory_error": memory_error}
         known = reply.memory(bool(self.body.memory_sources))
         return {**self._head("chat.completion"), "choices": choices, "usage": reply.usage(), **known, **told}
 
-    def _logprobs(self, reply: Reply, scored: Sequence[Scored]) -> Plain | None:
+    def _logprobs(self, reply: Reply, scored: Sequence[Scored]) -> JsonObject | None:
         return chat_logprobs(reply.tokenizer, scored) if self.body.logprobs else None
 
     def _chunk(
         self,
         row: int,
-        delta: Plain,
+        delta: JsonObject,
         finish: str | None = None,
-        logprobs: Plain | None = None,
-        more: Plain | None = None,
+        logprobs: JsonObject | None = None,
+        more: JsonObject | None = None,
     ) -> str:
-        choice = {"index": row, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        usage = {"usage": None} if self.body.include_usage else {}
+        choice: JsonObject = {"index": row, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        usage: JsonObject = {"usage": None} if self.body.include_usage else {}
         return frame({**self._head("chat.completion.chunk"), "choices": [choice], **usage, **(more or {})})
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self, kind: str) -> JsonObject:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from attrs import define, field
 from fastapi import APIRouter
@@ -17,7 +16,7 @@ from mplus.serving.http.bodies import read_body
 from mplus.serving.http.front import FrontOf, Reader, memory_name, record_of
 from mplus.serving.http.openai.logprobs import completion_logprobs
 from mplus.serving.http.openai.rows import Delta, Reply, Scored
-from mplus.serving.http.openai.running import Plain, Run, frame
+from mplus.serving.http.openai.running import JsonObject, Run, frame
 from mplus.serving.http.openai.schemas import CompletionBody
 from mplus.serving.messages import Generate
 
@@ -64,14 +63,14 @@ class _CompletionShape:
     def piece(self, reply: Reply, delta: Delta) -> Iterator[str]:
         yield self._chunk(delta.row, delta.text, logprobs=self._logprobs(reply, delta.scored))
 
-    def closing(self, reply: Reply, memory_error: Plain | None) -> Iterator[str]:
+    def closing(self, reply: Reply, memory_error: JsonObject | None) -> Iterator[str]:
         for row in reply.rows:
             yield self._chunk(row.index, "", row.finish)
         if self.body.include_usage:
             yield frame({**self._head(), "choices": [], "usage": reply.usage()})
 
-    def whole(self, reply: Reply, memory_error: Plain | None) -> Plain:
-        choices = [
+    def whole(self, reply: Reply, memory_error: JsonObject | None) -> JsonObject:
+        choices: list[JsonObject] = [
             {
                 "index": row.index,
                 "text": row.text,
@@ -83,15 +82,20 @@ class _CompletionShape:
         known = reply.memory(bool(self.body.memory_sources))
         return {**self._head(), "choices": choices, "usage": reply.usage(), **known}
 
-    def _logprobs(self, reply: Reply, scored: Sequence[Scored]) -> Plain | None:
+    def _logprobs(self, reply: Reply, scored: Sequence[Scored]) -> JsonObject | None:
         return None if self.body.logprobs is None else completion_logprobs(reply.tokenizer, scored)
 
     def _chunk(
-        self, row: int, text: str, finish: str | None = None, logprobs: Plain | None = None, more: Plain | None = None
+        self,
+        row: int,
+        text: str,
+        finish: str | None = None,
+        logprobs: JsonObject | None = None,
+        more: JsonObject | None = None,
     ) -> str:
-        choice = {"index": row, "text": text, "logprobs": logprobs, "finish_reason": finish}
-        usage = {"usage": None} if self.body.include_usage else {}
+        choice: JsonObject = {"index": row, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        usage: JsonObject = {"usage": None} if self.body.include_usage else {}
         return frame({**self._head(), "choices": [choice], **usage, **(more or {})})
 
-    def _head(self) -> dict[str, Any]:
+    def _head(self) -> JsonObject:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}

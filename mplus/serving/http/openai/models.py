@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
 from urllib.parse import unquote
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from mplus.serving.http.front import Decoder, FrontOf, Reader
+from mplus.serving.http.openai.running import JsonObject
 
 router = APIRouter()
 
@@ -25,7 +25,7 @@ async def model(name: str, front: FrontOf, caller: Reader) -> Response:
     return JSONResponse(_plain(await front.served(unquote(name))))
 
 
-def _plain(decoder: Decoder) -> dict[str, Any]:
+def _plain(decoder: Decoder) -> JsonObject:
     facts = decoder.facts
     return {
         "id": facts.name,

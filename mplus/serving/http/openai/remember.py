@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from attrs import define
 
@@ -15,7 +14,7 @@ from mplus.serving.http.errors import bad_request
 from mplus.serving.http.front import Front, need
 from mplus.serving.http.keys import Caller
 from mplus.serving.http.openai.rows import Reply
-from mplus.serving.http.openai.running import Remember, nothing
+from mplus.serving.http.openai.running import JsonObject, Remember, nothing
 from mplus.serving.http.openai.schemas import ChatMessage, Remembering
 from mplus.serving.messages import MemoryName, WriteMemory
 
@@ -50,7 +49,7 @@ class _Turns:
     messages: Sequence[ChatMessage]
     both: bool
 
-    async def __call__(self, reply: Reply) -> dict[str, Any] | None:
+    async def __call__(self, reply: Reply) -> JsonObject | None:
         place = max((at for at, one in enumerate(self.messages) if one.role == "user"), default=None)
         try:
             if place is not None and self.messages[place].text.strip():

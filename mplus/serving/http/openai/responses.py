@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from attrs import define, field
 from fastapi import APIRouter
@@ -13,12 +13,13 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mplus.config import JsonValue
 from mplus.serving.http.answers import Answers
 from mplus.serving.http.bodies import read_body
 from mplus.serving.http.front import FrontOf, Reader, memory_name, record_of
 from mplus.serving.http.openai.remember import rememberer
 from mplus.serving.http.openai.rows import Delta, Reply
-from mplus.serving.http.openai.running import Plain, Run, frame
+from mplus.serving.http.openai.running import JsonObject, Run, frame
 from mplus.serving.http.openai.schemas import ChatMessage, Remembering, TokenCount
 from mplus.serving.messages import Generate
 
@@ -94,29 +95,34 @@ class _ResponseShape:
     def piece(self, reply: Reply, delta: Delta) -> Iterator[str]:
         yield self._event("response.output_text.delta", **self._place(), delta=delta.text, logprobs=[])
 
-    def closing(self, reply: Reply, memory_error: Plain | None) -> Iterator[str]:
+    def closing(self, reply: Reply, memory_error: JsonObject | None) -> Iterator[str]:
         text = reply.rows[0].text
-        whole = self.whole(reply, memory_error)
+        status, item = self._status(reply), self._message(reply)
         yield self._event("response.output_text.done", **self._place(), text=text, logprobs=[])
         yield self._event("response.content_part.done", **self._place(), part=_part(text))
-        yield self._event("response.output_item.done", output_index=0, item=whole["output"][0])
-        yield self._event(f"response.{whole['status']}", response=whole)
+        yield self._event("response.output_item.done", output_index=0, item=item)
+        yield self._event(f"response.{status}", response=self.whole(reply, memory_error))
 
-    def whole(self, reply: Reply, memory_error: Plain | None) -> Plain:
-        row = reply.rows[0]
-        status = "incomplete" if row.finish == "length" else "completed"
-        told = {} if memory_error is None else {"memory_error": memory_error}
-        return {**self._response(reply, status, [self._item(status, [_part(row.text)])]), **told}
+    def whole(self, reply: Reply, memory_error: JsonObject | None) -> JsonObject:
+        told: JsonObject = {} if memory_error is None else {"memory_error": memory_error}
+        return {**self._response(reply, self._status(reply), [self._message(reply)]), **told}
 
-    def _response(self, reply: Reply, status: str, output: list[Plain]) -> dict[str, Any]:
-        counts = {
+    def _status(self, reply: Reply) -> str:
+        return "incomplete" if reply.rows[0].finish == "length" else "completed"
+
+    def _message(self, reply: Reply) -> JsonObject:
+        """Return the item of the output, the only one, as it is at the end."""
+        return self._item(self._status(reply), [_part(reply.rows[0].text)])
+
+    def _response(self, reply: Reply, status: str, output: list[JsonObject]) -> JsonObject:
+        counts: JsonObject = {
             "input_tokens": reply.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0},
             "output_tokens": reply.tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": reply.prompt_tokens + reply.tokens,
         }
-        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        cut: JsonObject | None = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
             "id": self.id,
             "object": "response",
@@ -141,16 +147,16 @@ class _ResponseShape:
             **reply.memory(bool(self.body.memory_sources)),
         }
 
-    def _item(self, status: str, content: list[Plain]) -> dict[str, Any]:
+    def _item(self, status: str, content: list[JsonObject]) -> JsonObject:
         return {"id": self.item, "type": "message", "role": "assistant", "status": status, "content": content}
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> JsonObject:
         return {"item_id": self.item, "output_index": 0, "content_index": 0}
 
-    def _event(self, kind: str, **more: Any) -> str:
+    def _event(self, kind: str, **more: JsonValue) -> str:
         number, self.events = self.events, self.events + 1
         return frame({"type": kind, "sequence_number": number, **more}, kind)
 
 
-def _part(text: str) -> dict[str, Any]:
+def _part(text: str) -> JsonObject:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

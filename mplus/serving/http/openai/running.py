@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 from attrs import define
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from mplus.config import JsonValue
 from mplus.serving.errors import ServingError
 from mplus.serving.http.answers import Answers, Step, unless_gone, until_left
 from mplus.serving.http.errors import internal_error
@@ -24,7 +25,7 @@ HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 COMMENT = ": waiting\n\n"
 REFUSED_WITHIN = 0.5
 """Seconds that the headers of a stream wait for the engine, so that a refusal has a status of its own."""
-Plain = Mapping[str, Any]
+JsonObject: TypeAlias = Mapping[str, JsonValue]
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -37,14 +38,14 @@ class Shape(Protocol):
     def piece(self, reply: Reply, delta: Delta) -> Iterable[str]:
         """Return the frames of a piece of text."""
 
-    def closing(self, reply: Reply, memory_error: Plain | None) -> Iterable[str]:
+    def closing(self, reply: Reply, memory_error: JsonObject | None) -> Iterable[str]:
         """Return the frames at the end."""
 
-    def whole(self, reply: Reply, memory_error: Plain | None) -> Plain:
+    def whole(self, reply: Reply, memory_error: JsonObject | None) -> JsonObject:
         """Return the answer that is not streamed."""
 
 
-Remember = Callable[[Reply], Awaitable[Plain | None]]
+Remember = Callable[[Reply], Awaitable[JsonObject | None]]
 """Writes what was said; returns the error object where that failed."""
 
 
@@ -88,7 +89,7 @@ class Run:
             left.cancel()
         return EventStream(self, self._frames(first, steps))
 
-    async def _whole(self) -> Plain:
+    async def _whole(self) -> JsonObject:
         try:
             async for step in self.answers.steps():
                 for place, event in step:
@@ -170,7 +171,7 @@ class EventStream(StreamingResponse):
             self._run.finish()
 
 
-def frame(plain: Plain, event: str | None = None) -> str:
+def frame(plain: JsonObject, event: str | None = None) -> str:
     """Return a server-sent event with JSON in it."""
     head = "" if event is None else f"event: {event}\n"
     return f"{head}data: {_encode(plain)}\n\n"
