@@ -60,7 +60,11 @@ class BackendChooser:
             self._candidates = (*_plugins(), *ORDER)
         measured = measured_order(request) if self.name == AUTO else ()
         refused: dict[str, list[str]] = {}
-        for name in _in_front(measured, self._candidates) if measured else self._candidates:
+        candidates: Iterable[str] = self._candidates
+        if measured:  # plug-ins first, which were installed on purpose; what was not measured comes last
+            plugins = [name for name in self._candidates if name not in ORDER]
+            candidates = dict.fromkeys((*plugins, *measured, *self._candidates))
+        for name in candidates:
             backend = self._instance(name)
             reasons = backend.unsupported_reasons(request) or _reasons_against_bias(backend, request)
             if not reasons:
@@ -91,12 +95,6 @@ class BackendChooser:
         else:
             why = "the first of the order of preference"
         logger.info("attention backend %r (%s): %s", name, BACKENDS.origin(name), why)
-
-
-def _in_front(measured: Sequence[str], candidates: Sequence[str]) -> Iterable[str]:
-    """Return the candidates with those that were measured behind plug-ins and in front of all others."""
-    plugins = [name for name in candidates if name not in ORDER]
-    return dict.fromkeys((*plugins, *measured, *candidates))
 
 
 def _plugins() -> Iterator[str]:

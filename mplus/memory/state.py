@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypedDict, Unpack
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError, NotSupported
+from mplus.memory.format.columns import check_columns, forms
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.sources.writes import WriteLog
 from mplus.memory.texts import Text, Texts, Waiting
@@ -23,8 +24,15 @@ LONG_TERM = "long-term"
 """What reports call the rows of a stream's store."""
 
 
-OPTIONAL = frozenset({"key", "expiry"})
-"""Columns that rows of a layout that has them may lack."""
+class StateFields(TypedDict, total=False):
+    """The attributes that the states of all mechanisms have in common; see ``StreamState``."""
+
+    clock: int
+    sources: SourceTable
+    texts: Texts | None
+    tail: tuple[Waiting, ...]
+    weights: WeightsState | None
+    writes: WriteLog
 
 
 @define(frozen=True, eq=False, kw_only=True)
@@ -83,7 +91,11 @@ class StreamState:
 
     @classmethod
     def from_parts(
-        cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor], **others: Any
+        cls,
+        layout: StoreLayout,
+        rows: Mapping[str, Sequence[MemoryRows]],
+        tensors: Mapping[str, Tensor],
+        **others: Unpack[StateFields],
     ) -> Self:
         """Make the state whose ``row_lists`` and ``tensors`` these are.
 
@@ -326,7 +338,11 @@ class PlainState(StreamState):
 
     @classmethod
     def from_parts(
-        cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor], **others: Any
+        cls,
+        layout: StoreLayout,
+        rows: Mapping[str, Sequence[MemoryRows]],
+        tensors: Mapping[str, Tensor],
+        **others: Unpack[StateFields],
     ) -> Self:
         """Take any lists and tensors."""
         lists = {name: tuple(parts) for name, parts in rows.items()}
@@ -363,35 +379,3 @@ def alike(chunks: Sequence[Tensor], states: Sequence[StreamState]) -> list[list[
     for place, (ids, state) in enumerate(zip(chunks, states, strict=True)):
         groups.setdefault((len(ids), state.pass_key), []).append(place)
     return list(groups.values())
-
-
-# ---------------------------------------------------------------------- the form of rows
-
-
-def check_columns(columns: Mapping[str, Tensor], layout: StoreLayout, where: str) -> None:
-    """Raise MemoryMismatchError unless these are the columns of rows.
-
-    ``OPTIONAL`` ones, and the further ones of a layout (``StoreLayout.extra``), may be there or not: those rows that go
-    into the store must have the latter.
-
-    Args:
-        columns: by name.
-        layout: of the rows.
-        where: they are, in messages.
-    """
-    described = layout.columns()
-    optional = OPTIONAL | {name for name, _, _ in layout.extra}
-    if not described.keys() - optional <= columns.keys() <= described.keys():
-        raise MemoryMismatchError(f"{where} must have the columns {sorted(described)}, got {sorted(columns)}")
-    count = columns["birth"].shape[:1] or (0,)
-    for name, column in columns.items():
-        shape, dtype = described[name]
-        if column.dtype != dtype or column.shape != (*count, *shape):
-            raise MemoryMismatchError(
-                f"{where}: column {name!r} must be {dtype} {[*count, *shape]}, got {column.dtype} {list(column.shape)}"
-            )
-
-
-def forms(tensors: Mapping[str, Tensor], leave_out: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of each tensor, but for its first ``leave_out`` dimensions."""
-    return {name: (tensor.dtype, tuple(tensor.shape[leave_out:])) for name, tensor in sorted(tensors.items())}

@@ -40,9 +40,9 @@ class StoredMemory(MemoryContent):
         Raises:
             MemoryFileError: ``path`` cannot be written, or holds something that is not a memory.
         """
-        from mplus.memory.format.save import save_streams
+        from mplus.memory.format.save import save, saved_content
 
-        save_streams(path, self.streams, file_mode)
+        save(path, *saved_content(self.streams), file_mode)
 
     def export(self, file: str | Path | Sink) -> int:
         """Write the memory, as it is at the call, as one stream of bytes; ``import_`` reads it back.

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def simplest(request: AttentionRequest) -> AttentionRequest:
-    """Return the request without anything that it could do without."""
-    return attrs.evolve(request, mask=None, softcap=None, sinks=None, dropout=0.0, need_weights=False)
-
-
 def tensors_of(request: AttentionRequest) -> dict[str, Tensor]:
     """Return every tensor of a request by name, such as ``segments[0].keys``."""
     named: dict[str, Tensor | None] = {

@@ -43,7 +43,9 @@ class ChatFormat:
             return None
         prefix, _, closing = one.partition(FIRST)
         between = three.partition(REPLY)[2].partition(SECOND)[0]
-        opening = _common_end(prefix, between)
+        # What closes a turn of the assistant stands between its reply and the user's opening, which alone ends both.
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(prefix[::-1], between[::-1], strict=False))
+        opening = prefix[len(prefix) - sum(1 for _ in alike) :]
         if not opening or not closing:
             return None
         return ChatFormat(*(_ids(tokenizer, text) for text in (prefix, opening, closing)))
@@ -58,11 +60,6 @@ class ChatFormat:
         # Content that ends in a space may swallow the first id of what closes it.
         end = _last(rest, self.closing)
         return begin, len(ids) if end is None else begin + end
-
-
-def _common_end(one: str, other: str) -> str:
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one[::-1], other[::-1], strict=False)))
-    return one[len(one) - shared :]
 
 
 def _render(tokenizer: ChatTokenizer, messages: Sequence[tuple[str, str]]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self, cast
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
 from attrs import define, evolve
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mplus.errors import InputError, MemoryMismatchError
 from mplus.memory.merging.incoming import Incoming
-from mplus.memory.state import StreamState, StreamView
+from mplus.memory.state import StateFields, StreamState, StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.tokenizer import Tokenizer
@@ -128,8 +128,8 @@ class KvState(StreamState):
 
     def with_known(self, known: Mapping[str, Tensor]) -> Self:
         """Return this state with what was found out about the decoder: vectors by the names of ``KNOWN``."""
-        news: dict[str, Any] = {name: known[name].to("cpu", torch.float32) for name in KNOWN}
-        return evolve(self, **news)
+        calibration, values = (known[name].to("cpu", torch.float32) for name in KNOWN)
+        return evolve(self, calibration=calibration, late_interaction=values)
 
     def without_keys(self) -> Self:
         """Return this state with nothing to find its chunks by but their ids."""
@@ -174,7 +174,11 @@ class KvState(StreamState):
 
     @classmethod
     def from_parts(
-        cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor], **others: Any
+        cls,
+        layout: StoreLayout,
+        rows: Mapping[str, Sequence[MemoryRows]],
+        tensors: Mapping[str, Tensor],
+        **others: Unpack[StateFields],
     ) -> Self:
         cls.check_lists(layout, rows)
         if tensors.keys() == set(TABLE):  # of a version that kept nothing else
@@ -197,7 +201,7 @@ class KvState(StreamState):
         return self.with_chunks(self.chunk_source != number)
 
     @property
-    def pass_key(self) -> Any:
+    def pass_key(self) -> Hashable:
         """Nothing: chunks of equal length share a pass, whatever stands in front of them."""
         return ()
 
@@ -319,7 +323,10 @@ def merged_table(own: KvState, other: Incoming) -> KvState:
     theirs = state_of(other.view)
     if not theirs.tokens:
         return evolve(own, clock=other.order.clock)
-    state = _with_front(own, theirs) if own.tokens else _front_of(theirs, own)
+    if own.tokens:
+        state = _with_front(own, theirs)
+    else:
+        state = evolve(theirs.restarted(own), begin_rows=theirs.begin_rows.to(own.begin_rows))
     times = torch.cat([other.order.own(own.chunk_time), other.order.other(theirs.chunk_time)])
     sources = torch.cat([own.chunk_source, other.sources(theirs.chunk_source)])
     keys = [part.chunk_key for part in (own, theirs) if part.tokens]
@@ -336,12 +343,6 @@ def merged_table(own: KvState, other: Incoming) -> KvState:
     )
 
 
-def _front_of(theirs: KvState, own: KvState) -> KvState:
-    """Return the own stream, which has no chunks, with what chunks of the other one were written behind."""
-    known: dict[str, Any] = {name: getattr(theirs, name) for name in (*CHAT, *KNOWN)}
-    return evolve(own, **known, begin_rows=theirs.begin_rows.to(own.begin_rows))
-
-
 def _with_front(own: KvState, theirs: KvState) -> KvState:
     """Return the own stream with what it does not know. Raises MemoryMismatchError as ``merged_table``."""
     if not torch.equal(own.begin_ids, theirs.begin_ids):
@@ -355,6 +356,9 @@ def _with_front(own: KvState, theirs: KvState) -> KvState:
             f"{own.chunk_key.shape[1]} and {theirs.chunk_key.shape[1]}: one of them was written without a tokenizer, "
             "or by another retriever, so set its tokenizer and let rewrite() compute it anew"
         )
-    names = ("opening_ids", "closing_ids", "late_interaction")
-    missing: dict[str, Any] = {name: getattr(theirs, name) for name in names if not len(getattr(own, name))}
-    return evolve(own, **missing)
+    return evolve(
+        own,
+        opening_ids=own.opening_ids if len(own.opening_ids) else theirs.opening_ids,
+        closing_ids=own.closing_ids if len(own.closing_ids) else theirs.closing_ids,
+        late_interaction=own.late_interaction if len(own.late_interaction) else theirs.late_interaction,
+    )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, Self, Unpack, cast
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
-from mplus.memory.state import StreamState, StreamView, forms
+from mplus.memory.format.columns import forms
+from mplus.memory.state import StateFields, StreamState, StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 
@@ -40,7 +41,11 @@ class ShortTermState(StreamState):
 
     @classmethod
     def from_parts(
-        cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor], **others: Any
+        cls,
+        layout: StoreLayout,
+        rows: Mapping[str, Sequence[MemoryRows]],
+        tensors: Mapping[str, Tensor],
+        **others: Unpack[StateFields],
     ) -> Self:
         cls.check_lists(layout, rows)
         newest = [f"newest.{layer}" for layer in range(0 if layout.keeps_hidden else layout.layers)]

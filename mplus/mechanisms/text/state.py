@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, Self, cast, overload
+from typing import Any, ClassVar, Self, Unpack, cast, overload
 
 import torch
 from attrs import define, evolve, field
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
 from mplus.memory.merging.incoming import Incoming
-from mplus.memory.state import StreamState
+from mplus.memory.state import StateFields, StreamState
 from mplus.memory.writing.update import Fields
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
@@ -161,7 +161,11 @@ class EntryState(StreamState):
 
     @classmethod
     def from_parts(
-        cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor], **others: Any
+        cls,
+        layout: StoreLayout,
+        rows: Mapping[str, Sequence[MemoryRows]],
+        tensors: Mapping[str, Tensor],
+        **others: Unpack[StateFields],
     ) -> Self:
         cls.check_lists(layout, rows)
         state = cls(rows=rows["entries"][0], blocks=tuple(_read(tensors)), **others)

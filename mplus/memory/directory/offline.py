@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import attrs
-import torch
 from attrs import define
 
 from mplus.errors import InputError, MemoryFileError, MemoryMismatchError, MPlusError
@@ -16,7 +15,7 @@ from mplus.memory.directory.checkpoint_manifest import LiveManifest, read_live_m
 from mplus.memory.directory.directory import Directory
 from mplus.memory.directory.journal import records
 from mplus.memory.directory.lock import acquire
-from mplus.memory.directory.open import layout_of, read_directory, read_present
+from mplus.memory.directory.open import read_directory, read_present
 from mplus.memory.format.entries import layout_from
 from mplus.memory.format.folder import MANIFEST, hold, mode_of
 from mplus.memory.format.manifest import rows_per_chunk
@@ -28,7 +27,7 @@ from mplus.memory.sources.listing import sources_of
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import ChangeToken
-from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.base import MemoryStore
 from mplus.stores.disk.block_file import BlockFile, FileEntry
 from mplus.stores.disk.files import FileSystem, Folder, writable
 
@@ -58,7 +57,7 @@ class DirectoryInfo:
 def read_info(folder: Path) -> DirectoryInfo:
     """Describe a memory in a directory, while it may be written. Raises MemoryFileError: it is damaged, or none."""
     with hold(folder) as held:
-        manifest, content, (size, records) = read_present(held, _layout)
+        manifest, content, (size, records) = read_present(held)
     views = content.views()
     rows = sum(entry.bytes for store in manifest.stores for entry in store.files)
     streams = tuple(stream_entry(view, n, manifest.streams[n].mechanism) for n, view in enumerate(views))
@@ -76,7 +75,7 @@ def read_info(folder: Path) -> DirectoryInfo:
 def live_sources(folder: Path) -> list[list[SourceInfo]]:
     """List the sources of every stream, as ``Memory.sources``. Raises MemoryFileError as ``read_info``."""
     with hold(folder) as held:
-        manifest, content, _ = read_present(held, _layout)
+        manifest, content, _ = read_present(held)
     chunk = rows_per_chunk(manifest.fingerprint)
     return [sources_of(view, chunk) for view in content.views()]
 
@@ -109,7 +108,7 @@ def change_live(folder: Path, change: OfflineChange[T], files: FileSystem | None
     with writable(folder):
         directory = Directory(held, files, acquire(files, held))
     try:
-        manifest, content, (size, count) = read_present(held, _layout)
+        manifest, content, (size, count) = read_present(held)
         result = change(content.states, content.stores)
         if result:
             with writable(folder):
@@ -124,7 +123,7 @@ def change_live(folder: Path, change: OfflineChange[T], files: FileSystem | None
 def live_content(folder: Path) -> list[StreamState]:
     """Return the states of a memory in a directory, while it may be written. Raises as ``read_info``."""
     with hold(folder) as held:
-        _, content, _ = read_present(held, _layout)
+        _, content, _ = read_present(held)
     return content.states
 
 
@@ -150,10 +149,6 @@ def _replace(directory: Directory, manifest: LiveManifest, content: CheckpointCo
     except BaseException:
         directory.resolve(token)
         raise
-
-
-def _layout(manifest: LiveManifest) -> StoreLayout:
-    return layout_of(manifest, layout_from(manifest.layout), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------- checking

@@ -29,6 +29,7 @@ from mplus.memory.directory.directory import Directory
 from mplus.memory.directory.lock import acquire, owner_of
 from mplus.memory.directory.persistence import DirectoryPersistence, ReadOnly
 from mplus.memory.engine import Engine
+from mplus.memory.format.entries import layout_from
 from mplus.memory.format.folder import MANIFEST, hold, prepare
 from mplus.memory.format.load import as_written
 from mplus.memory.format.manifest import check_belongs
@@ -208,13 +209,13 @@ def _read(
 
 
 def read_present(
-    folder: Path | Folder, layout: Callable[[LiveManifest], StoreLayout], wanted: Component | None = None
+    folder: Path | Folder, layout: Callable[[LiveManifest], StoreLayout] | None = None, wanted: Component | None = None
 ) -> tuple[LiveManifest, CheckpointContent, tuple[int, int]]:
     """Read manifest, content, and bytes and number of the journal's records, while a writer may be at work.
 
     Args:
         folder: of the memory.
-        layout: of its rows.
+        layout: of its rows; None: on the CPU, as the manifest describes them.
         wanted: the store asked for.
 
     Raises:
@@ -223,7 +224,7 @@ def read_present(
     """
     for attempt in range(TRIES):
         manifest = read_live_manifest(folder)
-        rows = layout(manifest)
+        rows = layout(manifest) if layout else layout_of(manifest, layout_from(manifest.layout), torch.device("cpu"))
         try:
             return manifest, *read_directory(folder, manifest, rows, wanted)
         except MemoryFileError:

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError
 from mplus.memory.directory.checkpoint_manifest import PRESENT_NAMES
+from mplus.memory.format.columns import check_columns
 from mplus.memory.format.earlier import renamed
 from mplus.memory.format.entries import MOST_ROWS
 from mplus.memory.format.structure import LARGEST
 from mplus.memory.sources.source import Source, encoded
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.sources.writes import WriteLog
-from mplus.memory.state import StreamState, check_columns
+from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts, generator_in, tail_from, tail_tensors
 from mplus.memory.transaction import KeptPositions
 from mplus.rows import MemoryRows

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from attrs import define
 
 from mplus.errors import MemoryFileError
-from mplus.memory.directory.checkpoint_manifest import LiveManifest, read_live_manifest
+from mplus.memory.directory.checkpoint_manifest import read_live_manifest
 from mplus.memory.format.folder import hold
 from mplus.memory.format.manifest import LIVE_FORMAT, is_memory, read_manifest
 from mplus.stores.disk.files import Folder
@@ -47,7 +48,10 @@ def memory_bytes(path: str | Path) -> MemoryBytes:
     with hold(path) as folder:
         if is_memory(folder, LIVE_FORMAT):
             manifest = read_live_manifest(folder)
-            return MemoryBytes(_disk(folder), manifest.state.bytes + _journal(folder, manifest))
+            journal = 0
+            with suppress(OSError):  # a writer has replaced the checkpoint meanwhile, and begun an empty journal
+                journal = (folder / manifest.journal).stat().st_size
+            return MemoryBytes(_disk(folder), manifest.state.bytes + journal)
         return MemoryBytes(_disk(folder), read_manifest(folder).data.bytes)
 
 
@@ -64,10 +68,3 @@ def _disk(folder: Folder) -> int:
     except OSError as error:
         raise MemoryFileError(f"{folder} must be a readable folder, got {error.strerror or error}") from error
     return total
-
-
-def _journal(folder: Folder, manifest: LiveManifest) -> int:
-    try:
-        return (folder / manifest.journal).stat().st_size
-    except OSError:  # a writer has replaced the checkpoint meanwhile, and begun an empty one
-        return 0

@@ -17,6 +17,7 @@ from mplus.eviction import EVICTION
 from mplus.memory.budget import Budget
 from mplus.memory.copying import check_device
 from mplus.memory.engine import Engine
+from mplus.memory.format.columns import check_columns
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import StreamEntry, state_class
 from mplus.memory.format.folder import hold, lock
@@ -29,7 +30,7 @@ from mplus.memory.sources.clock import Clock
 from mplus.memory.sources.source import DTYPES as SOURCE_COLUMNS
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.sources.writes import WRITE_DTYPES, WriteLog
-from mplus.memory.state import StreamState, check_columns
+from mplus.memory.state import StreamState
 from mplus.memory.texts import NAMES, TAIL_NAMES, Texts, Waiting, generator_in, tail_from
 from mplus.memory.transaction import Streams
 from mplus.rows import MemoryRows

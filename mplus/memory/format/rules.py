@@ -1,6 +1,6 @@
 """Rules for streams that were read from files. Nothing behind these checks looks at them again.
 
-The form of rows (``mplus.memory.state.check_columns``) is checked wherever a state is made of parts
+The form of rows (``mplus.memory.format.columns.check_columns``) is checked wherever a state is made of parts
 (``StreamState.from_parts``), their values (``check_values``) once all there is was read, and what the decoder's
 mechanism expects (``check_fits``) where there is a decoder.
 """

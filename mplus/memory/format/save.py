@@ -96,11 +96,6 @@ Index = Sequence[Mapping[str, Tensor]]
 """Per layer, what the retriever's index of one store is made of."""
 
 
-def save_streams(folder: str | Path, streams: Streams, file_mode: int | None = None) -> None:
-    """Write a memory, as it is at the call, to a folder; see ``Memory.save``."""
-    save(folder, *saved_content(streams), file_mode)
-
-
 def saved_content(
     streams: Streams,
 ) -> tuple[Sequence[StreamView], Sequence[Tensor], ManifestHeader, Sequence[Index]]:

@@ -25,7 +25,6 @@ from mplus.memory.writing.change import context_of
 from mplus.memory.writing.passes import write_streams
 from mplus.memory.writing.plan import StreamWrite, check_dtype, prepare_write
 from mplus.memory.writing.update import check_absorbed
-from mplus.stores.base import StoreLayout
 from mplus.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -79,7 +78,8 @@ def _check(streams: Streams, other: Memory, sources: Clash) -> None:
     streams.check_writable()
     _check_decoder(streams, theirs)
     check_dtype(theirs.dtype, streams.dtype)
-    own, new = (_content_of(one.stores[0].layout) for one in (streams, theirs))
+    # Where rows are, and whether they expire, may differ.
+    own, new = (evolve(one.stores[0].layout, device=torch.device("cpu"), expiry=False) for one in (streams, theirs))
     if own != new:
         raise MemoryMismatchError(
             f"memories that are merged must keep the same of their rows, got {own.columns()} and {new.columns()}: make "
@@ -107,11 +107,6 @@ def _check_decoder(streams: Streams, other: Streams) -> None:
             f"memories that are merged must belong to one decoder, but {'; '.join(differences)}: make the other one "
             "anew for this decoder with mplus.rewrite_memory, where it keeps its text"
         )
-
-
-def _content_of(layout: StoreLayout) -> StoreLayout:
-    """Return the form of rows but for what may differ: where they are, and whether they expire."""
-    return evolve(layout, device=torch.device("cpu"), expiry=False)
 
 
 def _combine(

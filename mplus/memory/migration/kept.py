@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from attrs import define
 
 from mplus.config import Component, JsonValue
 from mplus.errors import InputError
 from mplus.memory.directory.checkpoint_manifest import LiveManifest
-from mplus.memory.directory.open import layout_of, read_present
+from mplus.memory.directory.open import read_present
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import layout_from
 from mplus.memory.format.folder import hold, lock
@@ -21,7 +20,6 @@ from mplus.memory.format.rules import check_values
 from mplus.memory.format.tensors import TensorReader
 from mplus.memory.state import StreamState
 from mplus.rows import NO_SOURCE
-from mplus.stores.base import StoreLayout
 
 
 @define(frozen=True, eq=False)
@@ -73,7 +71,7 @@ def read_kept(path: str | Path) -> KeptMemory:
     folder = Path(path)
     if is_memory(folder, LIVE_FORMAT):
         with hold(folder) as held:
-            found, content, _ = read_present(held, _layout)
+            found, content, _ = read_present(held)
         return _kept(folder, found, content.states, lives=True)
     here = hold(folder)
     held_lock = lock(here, shared=True)
@@ -90,10 +88,6 @@ def read_kept(path: str | Path) -> KeptMemory:
         held_lock.release()
         here.close()
     return _kept(folder, manifest, states, lives=False)
-
-
-def _layout(manifest: LiveManifest) -> StoreLayout:
-    return layout_of(manifest, layout_from(manifest.layout), torch.device("cpu"))
 
 
 def _kept(folder: Path, manifest: Manifest | LiveManifest, states: Sequence[StreamState], *, lives: bool) -> KeptMemory:

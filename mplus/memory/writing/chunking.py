@@ -179,18 +179,17 @@ def _without_padding(encoded: Mapping[str, Any]) -> list[Item]:
 
 def _to_ids(item: Item, tokenizer: Tokenizer | None) -> list[Tensor]:
     """Return the ids of every text of one batch row that has any."""
-    if isinstance(item, str | Turns):
-        found = [_tokenised(text, tokenizer) for text in ([item] if isinstance(item, str) else item.texts) if text]
-    else:
+    if not isinstance(item, str | Turns):
         found = [] if item is None else [checked_ids(item)]
+    elif texts := [text for text in ([item] if isinstance(item, str) else item.texts) if text]:
+        if tokenizer is None:
+            raise InputError("writing text needs a tokenizer: pass tokenizer= to new_memory or load, or write ids")
+        # Not verbose: a text is longer than a prompt, on purpose.
+        encoded = (tokenizer(text, add_special_tokens=False, verbose=False) for text in texts)
+        found = [checked_ids(one["input_ids"]) for one in encoded]
+    else:
+        found = []
     return [ids for ids in found if ids is not None]
-
-
-def _tokenised(text: str, tokenizer: Tokenizer | None) -> Tensor | None:
-    if tokenizer is None:
-        raise InputError("writing text needs a tokenizer: pass tokenizer= to new_memory or load, or write ids")
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False)  # longer than a prompt, on purpose
-    return checked_ids(encoded["input_ids"])
 
 
 def checked_ids(item: Ids) -> Tensor | None:

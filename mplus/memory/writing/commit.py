@@ -50,14 +50,10 @@ def commit_together(changes: Mapping[int, GroupedChange], pool: ThreadPoolExecut
         failed |= group.failed
         for key, change in some:
             if key not in group.done and key not in failed:
-                error = error_of(partial(change, _at_once))
+                error = error_of(partial(change, lambda work: work()))
                 if error is not None:
                     failed[key] = error
     return failed
-
-
-def _at_once(work: Callable[[], None]) -> None:
-    work()
 
 
 def error_of(work: Callable[[], object]) -> Exception | None:

@@ -42,7 +42,11 @@ class Folding:
         """Make the tables of a tokenizer of transformers."""
         pieces = [*map(str, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))), ""]
         special = set(tokenizer.all_special_ids)
-        letters = [_folded(piece) if place not in special else "" for place, piece in enumerate(pieces)]
+        folded = (piece.lstrip("".join(SPACES)).casefold() for piece in pieces)
+        letters = [
+            "" if place in special else "".join(sign for sign in piece if sign.isalnum())
+            for place, piece in enumerate(folded)
+        ]
         # A script without case has no spaces between words, as a rule: its pieces count one by one.
         opens = [not piece[:1].isalnum() or piece.startswith(SPACES) or _caseless(piece) for piece in pieces]
         return cls(
@@ -81,10 +85,6 @@ class Folding:
             place = place + 1
         text_of = torch.searchsorted(lengths.cumsum(0), starts, right=True)
         return words, torch.bincount(text_of, minlength=len(lengths))
-
-
-def _folded(piece: str) -> str:
-    return "".join(sign for sign in piece.lstrip("".join(SPACES)).casefold() if sign.isalnum())
 
 
 def _caseless(piece: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Annotated, Protocol, cast
 
@@ -150,17 +150,18 @@ def need(caller: Caller, right: Right) -> Caller:
     return caller
 
 
-def _reader(request: Request) -> Caller:
-    return need(caller_of(request), "read")
+def caller_with(right: Right) -> Callable[[Request], Caller]:
+    """Return a dependency of routes: whom a request comes from, refused (403) without this right."""
 
+    def caller(request: Request) -> Caller:
+        return need(caller_of(request), right)
 
-def _writer(request: Request) -> Caller:
-    return need(caller_of(request), "write")
+    return caller
 
 
 FrontOf = Annotated[Front, Depends(front_of)]
-Reader = Annotated[Caller, Depends(_reader)]
-Writer = Annotated[Caller, Depends(_writer)]
+Reader = Annotated[Caller, Depends(caller_with("read"))]
+Writer = Annotated[Caller, Depends(caller_with("write"))]
 
 
 def memory_name(caller: Caller, memory_id: str, param: str = "id") -> MemoryName:

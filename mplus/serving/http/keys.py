@@ -112,7 +112,8 @@ class Keys:
         digest = _digest(key)
         if self.admin_key is not None and hmac.compare_digest(digest, _digest(self.admin_key)):
             return Caller(ADMIN_TENANT, RIGHTS)
-        record = self._read().get(_id_of(key))
+        records, parts = self._read(), key.split("-", 2)
+        record = records.get(parts[1]) if len(parts) == 3 and parts[0] == "mp" else None
         if record is None or not hmac.compare_digest(digest, record.sha256) or record.revoked is not None:
             return None
         return Caller(record.tenant, record.rights, record.id, record.requests)
@@ -186,11 +187,6 @@ def _parse(file: Path) -> dict[str, KeyRecord]:
 
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _id_of(key: str) -> str:
-    parts = key.split("-", 2)
-    return parts[1] if len(parts) == 3 and parts[0] == "mp" else ""
 
 
 def rights_of(names: Sequence[str]) -> tuple[Right, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 
@@ -55,8 +54,3 @@ class RequestRecord:
 
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def tenant_hash(tenant: str) -> str:
-    """Return by what the log calls a tenant."""
-    return hashlib.sha256(tenant.encode()).hexdigest()[:12]

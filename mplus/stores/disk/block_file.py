@@ -31,7 +31,6 @@ from mplus.stores.disk.safetensors_io import (
     header,
     parse_header,
     raw,
-    sort_by_alignment,
 )
 from mplus.stores.disk.verified import Rule, VerifiedTensor
 
@@ -65,7 +64,9 @@ def write_blocks(
         OSError: as the file system says.
         MemoryFileError: a part gave more or less than it said.
     """
-    parts = sort_by_alignment(parts)
+    # A part whose size is a multiple of a high power of 2 comes early, and starts at a multiple of that: each at one of
+    # its item size, and wide rows where pages of the system start, if the first tensor does.
+    parts = sorted(parts, key=lambda part: -(part.nbytes & -part.nbytes or LONGEST_HEADER))
     kinds = [scheme.of(part.row_bytes) for part in parts]
     length = sum(_length(part.nbytes, kind) for part, kind in zip(parts, kinds, strict=True))
     table = Part(CHECKSUMS, torch.uint8, (length,), list)

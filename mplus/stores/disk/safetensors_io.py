@@ -90,14 +90,6 @@ def sort_by_itemsize(parts: Sequence[Part]) -> list[Part]:
     return sorted(parts, key=lambda part: -part.dtype.itemsize)
 
 
-def sort_by_alignment(parts: Sequence[Part]) -> list[Part]:
-    """Sort the parts whose size is a multiple of a high power of 2 to the front: each starts at a multiple of that.
-
-    So it does at one of its item size, and wide rows start where pages of the system do, if the first tensor does.
-    """
-    return sorted(parts, key=lambda part: -(part.nbytes & -part.nbytes or LONGEST_HEADER))
-
-
 def header(parts: Sequence[Part], metadata: Mapping[str, str], multiple: int = 8) -> bytes:
     """Return what stands in front of the bytes of ``parts``: its own length, names, dtypes, shapes and places.
 

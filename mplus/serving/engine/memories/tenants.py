@@ -150,8 +150,11 @@ class Tenants:
         """Return the memories of a tenant in order of making, without those whose manifest is damaged."""
         with suppress(FileNotFoundError):
             files = [entry.path for entry in os.scandir(self._folder(tenant)) if entry.name.endswith(".json")]
-            found = [made for made in map(_read_or_tell, map(Path, files)) if made is not None]
-            return sorted(found, key=lambda made: (made.number, made.id))
+            found = []
+            for file in files:
+                with suppress(ServingError):  # a damaged one is logged as it is read; all others are listed
+                    found.append(_read(Path(file)))
+            return sorted((made for made in found if made is not None), key=lambda made: (made.number, made.id))
         return []
 
     def disk_bytes(self, name: MemoryName) -> int:
@@ -225,13 +228,6 @@ def _read(file: Path) -> MadeMemory | None:
         LOG.warning("the manifest %s is damaged", file.name, exc_info=error)
         message = "what the server keeps of this memory is damaged: its name cannot be read"
         raise ServingError(message, 409, "conflict_error", code="memory_damaged") from error
-
-
-def _read_or_tell(file: Path) -> MadeMemory | None:
-    try:
-        return _read(file)
-    except ServingError:  # logged there; all others are listed
-        return None
 
 
 def _bytes_in(folder: Path) -> int:
