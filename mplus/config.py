@@ -75,10 +75,8 @@ def number(minimum: float, below: float = float("inf")) -> Validator:
     )
 
 
-def any_number(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Check a field: any number, or None. Raises ConfigError."""
-    if value is not None and not is_number(value, float("-inf")):
-        raise ConfigError(f"{attribute.name} must be a number, or None, got {value!r}")
+any_number = must_be("a number, or None", lambda value: value is None or is_number(value, float("-inf")))
+"""Validator: any number, or None."""
 
 
 def one_of(*choices: JsonValue) -> Validator:

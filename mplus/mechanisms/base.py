@@ -30,6 +30,8 @@ from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.registry import Registry
 from mplus.retrievers import RETRIEVERS
+from mplus.retrievers.base import Retriever
+from mplus.retrievers.chunks.base import ChunkRetriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout, StoreView
 from mplus.tokenizer import Tokenizer
@@ -55,7 +57,7 @@ class MemoryMechanism(IndexedMechanism):
     """
 
     State: ClassVar[type[StreamState]] = StreamState
-    retrievers: ClassVar[Registry[Any]] = RETRIEVERS
+    retrievers: ClassVar[Registry[Retriever] | Registry[ChunkRetriever]] = RETRIEVERS
     uses_retriever: ClassVar[bool] = False
     empty_is_base: ClassVar[bool] = True
     attends: ClassVar[bool] = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from attrs import define, evolve, field
@@ -12,9 +11,9 @@ from mplus.config import JsonValue, flag
 from mplus.errors import ConfigError
 from mplus.mechanisms.root import Absorbed
 from mplus.mechanisms.short_term.mechanism import RowMechanism
-from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.mechanisms.short_term.state import ShortTermState, short_term_state, state_of
 from mplus.mechanisms.short_term.write import WritePlan
-from mplus.memory.state import StreamView
+from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.rows import MemoryRows
 
@@ -57,8 +56,8 @@ class MemoryLLMMechanism(RowMechanism):
             return evolve(plan, begin=False, overlap=True)
         return plan
 
-    def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
-        if self._unfilled(state):
+    def absorb(self, state: StreamState, update: Update, source: int, context: WriteContext) -> Absorbed:
+        if self._unfilled(short_term_state(state)):
             n = self.config.short_term_tokens
             k = update.hidden[0].shape[0]
             # As often as it fits, and the rest of the pool with its last rows.

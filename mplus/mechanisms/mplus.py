@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import add
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from attrs import define, evolve, field
@@ -18,9 +18,9 @@ from mplus.mechanisms.root import Absorbed
 from mplus.mechanisms.short_term.bring_back import bring_back_each
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.pending import PendingView
-from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.mechanisms.short_term.state import ShortTermState, short_term_state, state_of
 from mplus.memory.merging.incoming import Incoming
-from mplus.memory.state import StreamView
+from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import WriteContext
 from mplus.retrievers.base import Selection
 from mplus.rows import MemoryRows
@@ -122,14 +122,15 @@ class MPlusMechanism(RowMechanism):
         state = evolve(state, pending=pending, counters={**state.counters, "writes_since_merge": writes})
         return self.merge(state, context) if int(writes) >= self.options.merge_every else (state, 0)
 
-    def combine(self, state: Any, other: Incoming, context: WriteContext) -> Absorbed:
+    def combine(self, state: StreamState, other: Incoming, context: WriteContext) -> Absorbed:
         """Take in all rows of another stream, also those that wait for a merge; do it if they have waited enough."""
+        state = short_term_state(state)
         theirs = state_of(other.view)
         pending = other.merged("pending", state.pending, theirs.pending, state)
         waited = state.counters["writes_since_merge"] + theirs.counters["writes_since_merge"]
         counters = {**state.counters, "writes_since_merge": waited}
         absorbed = super().combine(evolve(state, pending=tuple(pending), counters=counters), other, context)
-        every, after = self.options.merge_every, state_of(StreamView(absorbed.state, context.store))
+        every, after = self.options.merge_every, short_term_state(absorbed.state)
         if every is None or int(after.counters["writes_since_merge"]) < every:
             return absorbed
         merged, evicted = self.merge(after, context)
@@ -186,7 +187,6 @@ class MPlusMechanism(RowMechanism):
         k = self.config.retrieved_tokens
         if self.config.long_term_tokens == 0 or k == 0:
             return [None] * len(views)
-        retriever: Any = self.retriever  # built where there is long-term memory
         found: list[Retrieved | None] = [None] * len(views)
         scored: list[tuple[int, StoreView]] = []
         joined: dict[tuple[int, int], StoreView] = {}
@@ -200,12 +200,12 @@ class MPlusMechanism(RowMechanism):
                 scored.append((row, joined.setdefault(same, PendingView(view.store, pending))))
             elif view.store.count(layer):
                 scored.append((row, view.store))
-        if scored:
+        if scored and self.retriever is not None:  # built where there is long-term memory
             if len(scored) < len(views):
                 which = torch.tensor([row for row, _ in scored], device=hidden.device)
                 hidden, mask = hidden[which], mask[which]
-            queries, stores = retriever.project_queries(layer, hidden), [store for _, store in scored]
-            back = self._picked(layer, stores, retriever.select(layer, queries, mask, stores, k))
+            queries, stores = self.retriever.project_queries(layer, hidden), [store for _, store in scored]
+            back = self._picked(layer, stores, self.retriever.select(layer, queries, mask, stores, k))
             for (row, _), brought in zip(scored, back, strict=True):
                 found[row] = brought
         for view, rows in zip(views, found, strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.memory.format.columns import check_columns, forms
+from mplus.memory.sources.source import SourceMarks
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.sources.writes import WriteLog
 from mplus.memory.texts import Text, Texts, Waiting
@@ -263,7 +264,7 @@ class StreamState:
         name: str | None,
         tokens: int,
         time: float | None = None,
-        facts: Mapping[str, Any] | None = None,
+        facts: SourceMarks | None = None,
         chunks: int = 1,
     ) -> tuple[Self, int]:
         """Count ``tokens`` under ``name``; returns the new state and the source's number.

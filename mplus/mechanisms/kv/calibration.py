@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from attrs import define, field
 from safetensors import SafetensorError
@@ -78,7 +77,7 @@ class Calibrations:
         found = {name: getattr(state, name) for name in KNOWN}
         if state.tokens or tokenizer is None:
             return found
-        makes: dict[str, tuple[JsonValue, Callable[[BegunDecoder, Any], Tensor]]] = {}
+        makes: dict[str, tuple[JsonValue, Callable[[BegunDecoder, Tokenizer], Tensor]]] = {}
         if self.retriever.calibrates:
             component = Component(self.component.name, {**self.component.options, **self.retriever.files})
             makes["calibration"] = (component.plain(), self.retriever.calibrate)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from attrs import define, field
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.backends.checks import check_finite
-from mplus.mechanisms.decoder import KeptProjection
+from mplus.mechanisms.decoder import KeptProjection, Tables
 from mplus.mechanisms.opened import Insertion
 from mplus.memory.state import StreamView
 
@@ -36,7 +35,7 @@ class Front:
     places: Sequence[Tensor]
     begins: Sequence[Tensor]
     insertion: Insertion
-    tables: dict[Any, Any] = field(factory=dict)
+    tables: dict[tuple[Hashable, torch.dtype, torch.device], Tables | None] = field(factory=dict)
 
     @staticmethod
     def before_text(
@@ -80,7 +79,7 @@ class Front:
             return hidden.new_empty(0, self.kept.size)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _tables(self, layer: int, hidden: Tensor) -> Any:
+    def _tables(self, layer: int, hidden: Tensor) -> Tables | None:
         key = (self.kept.table_key(layer), hidden.dtype, hidden.device)
         if key not in self.tables:
             self.tables[key] = self.kept.tables(layer, hidden, self.insertion.positions.to(hidden.device))

@@ -10,7 +10,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.config import Component, MPlusConfig, any_number, flag, one_of, whole
+from mplus.config import Component, JsonValue, MPlusConfig, any_number, flag, must_be, one_of, whole
 from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.base import Kept
 from mplus.mechanisms.decoder import Decoder, Text
@@ -21,26 +21,29 @@ from mplus.mechanisms.kv.front import Front
 from mplus.mechanisms.kv.passes import run_behind
 from mplus.mechanisms.kv.reads import KvReads
 from mplus.mechanisms.kv.settle import check_limited, settled
-from mplus.mechanisms.kv.state import KvState, merged_table, state_of
+from mplus.mechanisms.kv.state import KvState, kv_state, merged_table, state_of
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.memory.merging.incoming import Incoming
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.registry import Registry
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
+from mplus.retrievers.chunks.base import ChunkRetriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.tokenizer import Tokenizer
 
 
-def _ids(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _ids(value: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Make a tuple of a list; leave all else to the validator."""
+    return tuple(value) if isinstance(value, list) else value  # type: ignore[return-value]  # checked by ``token_ids``
 
 
-def _check_ids(instance: Any, attribute: Any, value: Any) -> None:
-    sound = isinstance(value, tuple) and all(type(one) is int and one >= 0 for one in value)
-    if value is not None and not sound:
-        raise ConfigError(f"{attribute.name} must be a list of token ids, or None, got {value!r}")
+token_ids = must_be(
+    "a list of token ids, or None",
+    lambda value: value is None or (isinstance(value, tuple) and all(type(one) is int and one >= 0 for one in value)),
+)
+"""Validator: ids of tokens, or None."""
 
 
 class KvMechanism(KvReads):
@@ -75,9 +78,9 @@ class KvMechanism(KvReads):
         """
 
         context_chunks: int | None = field(default=0, validator=whole(0, optional=True))
-        begin: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
-        opening: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
-        closing: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
+        begin: tuple[int, ...] | None = field(default=None, converter=_ids, validator=token_ids)
+        opening: tuple[int, ...] | None = field(default=None, converter=_ids, validator=token_ids)
+        closing: tuple[int, ...] | None = field(default=None, converter=_ids, validator=token_ids)
         order: str = field(default="score", validator=one_of("written", "score"))
         retrieved_chunks: int | None = field(default=1, validator=whole(1, optional=True))
         min_score: float | None = field(default=None, validator=any_number)
@@ -85,7 +88,7 @@ class KvMechanism(KvReads):
         likelihood: bool = field(default=False, validator=flag)
 
         @classmethod
-        def defaults(cls, variant: str) -> dict[str, Any]:
+        def defaults(cls, variant: str) -> dict[str, JsonValue]:
             """Return nothing: there is one variant."""
             return {}
 
@@ -94,7 +97,7 @@ class KvMechanism(KvReads):
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected"})
     keeps_states: ClassVar[bool] = True
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128, "retrieved_tokens": 1024}
-    retrievers: ClassVar[Registry[Any]] = CHUNK_RETRIEVERS
+    retrievers: ClassVar[Registry[ChunkRetriever]] = CHUNK_RETRIEVERS
     default_retriever: ClassVar[Component] = Component("hybrid")
 
     @classmethod
@@ -182,27 +185,27 @@ class KvMechanism(KvReads):
             beside.append({"begin_ids": first, "begin_rows": begins[row], "chunk_key": key, **known})
         return Update((), found.projected, beside=tuple(beside))
 
-    def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
-        ids = context.ids
+    def absorb(self, state: StreamState, update: Update, source: int, context: WriteContext) -> Absorbed:
+        ids, own = context.ids, kv_state(state)
         count = update.projected[0].shape[0]
         if ids is None or ids.shape[0] != count:
             raise InputError(f"absorb needs the ids of the {count} tokens that the rows were made of, got {ids!r}")
         device, dtype = context.store.layout.device, context.store.layout.dtype
-        births = torch.arange(state.clock, state.clock + ids.shape[0], device=device)
+        births = torch.arange(own.clock, own.clock + ids.shape[0], device=device)
         for layer, made in enumerate(update.projected):
             rows = MemoryRows(None, births, torch.full_like(births, source), projected=made.to(device, dtype))
             context.store.append(layer, rows)
         beside, key = update.beside[0] if update.beside else {}, None
-        if beside and not state.begin_rows.shape[1]:
-            state = state.with_begin(beside["begin_ids"], beside["begin_rows"].to(device, dtype))
+        if beside and not own.begin_rows.shape[1]:
+            own = own.with_begin(beside["begin_ids"], beside["begin_rows"].to(device, dtype))
         if beside:
-            state, key = found_by(state, beside, beside["chunk_key"])
-        after, evicted = self._evict(state.with_chunk(ids, source, key), context)
+            own, key = found_by(own, beside, beside["chunk_key"])
+        after, evicted = self._evict(own.with_chunk(ids, source, key), context)
         return Absorbed(after, 0, evicted)
 
-    def combine(self, state: Any, other: Incoming, context: WriteContext) -> Absorbed:
+    def combine(self, state: StreamState, other: Incoming, context: WriteContext) -> Absorbed:
         other.take_stored(state, context)
-        merged = merged_table(state, other)
+        merged = merged_table(kv_state(state), other)
         after, evicted = self._evict(merged, context)
         return Absorbed(after, 0, evicted)
 

@@ -300,7 +300,12 @@ class KvState(StreamState):
 
 def state_of(view: StreamView) -> KvState:
     """Return the state in a view of a stream of this mechanism."""
-    return cast("KvState", view.state)
+    return kv_state(view.state)
+
+
+def kv_state(state: StreamState) -> KvState:
+    """Return the state of a stream of this mechanism, whose streams have no others."""
+    return cast("KvState", state)
 
 
 def _births(store: MemoryStore, layer: int) -> Tensor:

@@ -21,7 +21,7 @@ from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_b
 from mplus.mechanisms.short_term.joint_prefix import JointPrepared
 from mplus.mechanisms.short_term.merging import newest_in, with_newest, without_newest
 from mplus.mechanisms.short_term.prefix_cache import Prepared
-from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.mechanisms.short_term.state import ShortTermState, short_term_state, state_of
 from mplus.mechanisms.short_term.tail import read_tails, read_tails_of_each
 from mplus.mechanisms.short_term.write import (
     Drop,
@@ -36,7 +36,7 @@ from mplus.mechanisms.short_term.write import (
 )
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.merging.incoming import Incoming
-from mplus.memory.state import StreamView
+from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.retrievers.base import RetrieverShape
 from mplus.retrievers.build import build_retriever
@@ -216,7 +216,8 @@ class RowMechanism(MemoryMechanism):
         context = [newest[layer][newest[layer].shape[0] - count :] for layer in layers]
         return plan_write(context, tokens, self.config.memory_tokens_per_chunk, reencode=reencode)
 
-    def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
+    def absorb(self, state: StreamState, update: Update, source: int, context: WriteContext) -> Absorbed:
+        state = short_term_state(state)
         k = update.hidden[0].shape[0]
         stm, dropped, newest, stayed = [], [], [], []
         permutation: Tensor | None = None
@@ -235,8 +236,9 @@ class RowMechanism(MemoryMechanism):
         moved, evicted = self.keep_dropped(moved, dropped, context)
         return Absorbed(moved, max(len(rows) for rows in dropped), evicted, {"stm": tuple(stayed)})
 
-    def combine(self, state: Any, other: Incoming, context: WriteContext) -> Absorbed:
+    def combine(self, state: StreamState, other: Incoming, context: WriteContext) -> Absorbed:
         """Take in all rows of another stream; of too many short-term ones some leave as the option ``drop`` says."""
+        state = short_term_state(state)
         other.take_stored(state, context)
         theirs = with_newest(state_of(other.view))
         stm, dropped, permutation = list[MemoryRows](), list[MemoryRows](), None

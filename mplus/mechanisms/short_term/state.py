@@ -130,7 +130,12 @@ class ShortTermState(StreamState):
 
 def state_of(view: StreamView) -> ShortTermState:
     """Return the state in a view of a stream of M+ or MemoryLLM."""
-    return cast("ShortTermState", view.state)
+    return short_term_state(view.state)
+
+
+def short_term_state(state: StreamState) -> ShortTermState:
+    """Return the state of a stream of M+ or MemoryLLM, whose streams have no others."""
+    return cast("ShortTermState", state)
 
 
 def _check_newest(newest: Tensor, rows: MemoryRows, layout: StoreLayout, layer: int) -> None:

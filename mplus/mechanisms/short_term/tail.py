@@ -14,6 +14,7 @@ from mplus.backends.base import Segment
 from mplus.errors import NotSupported
 from mplus.mechanisms.decoder import Decoder, Project, RowPositions, Rows
 from mplus.mechanisms.opened import Opened, Retrieved
+from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.memory.state import StreamView
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class Reader(Protocol):
     ) -> tuple[Segment, ...]: ...
     def has_prefix(self, view: StreamView) -> bool: ...
     def prefix_rows(self, view: StreamView) -> int: ...
-    def prepare(self, projection: KeptProjection, batch: int | None) -> Any: ...
-    def prepare_together(self, prepared: Sequence[Any]) -> Any: ...
+    def prepare(self, projection: KeptProjection, batch: int | None) -> Prepared: ...
+    def prepare_together(self, prepared: Sequence[Prepared]) -> Prepared: ...
 
 
 @define(frozen=True, eq=False)
@@ -175,7 +176,7 @@ def _read(
     return decoder.run(ids, prefix=prefix, prefix_rows=rows, adapter="read", collect={"inputs"}).inputs
 
 
-def _prepared(mechanism: Reader, decoder: Decoder, views: Sequence[StreamView]) -> Any:
+def _prepared(mechanism: Reader, decoder: Decoder, views: Sequence[StreamView]) -> Prepared | None:
     """Return what reads of rows that are kept as keys and values go by; None: there are hidden states of all."""
     layouts = [view.store.layout for view in views]
     if all(layout.keeps_hidden for layout in layouts):

@@ -84,6 +84,7 @@ class LiveManifest:
     version: int = VERSION
     written_by: str
     number: int = field(validator=whole())
+    # Any, as types are resolved when a file is read, and JSON's recursive one cannot be.
     fingerprint: dict[str, Any] = field(validator=fingerprint)
     layout: LayoutEntry
     eviction: Any = field(validator=component)

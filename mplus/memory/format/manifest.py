@@ -114,6 +114,7 @@ class Manifest:
 
     version: int = VERSION
     written_by: str
+    # Any, as types are resolved when a file is read, and JSON's recursive one cannot be.
     fingerprint: dict[str, Any] = field(validator=fingerprint)
     layout: LayoutEntry
     eviction: Any = field(validator=component)  # of any form that Component.of reads

@@ -18,6 +18,7 @@ from mplus.memory.merging.sources import CLASHES, Clash, MergedSources
 from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import MergeReport, WriteReport
 from mplus.memory.sources.expiry import expire
+from mplus.memory.sources.source import SourceMarks
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.texts import Text, Texts
 from mplus.memory.transaction import Streams
@@ -163,6 +164,6 @@ def _write_tails(
     for row, (state, found) in enumerate(zip(other.states, merged, strict=True)):
         for part in state.tail:
             here = draft.states[row].sources[found.numbers[part.source]]
-            facts, texts = {"last_time": here.last_time}, [part.ids.long()]
-            one = StreamWrite(draft, row, [], here.name, report, tokenizer, texts=texts, facts=facts)
+            facts: SourceMarks = {"last_time": here.last_time}
+            one = StreamWrite(draft, row, [], here.name, report, tokenizer, texts=[part.ids.long()], facts=facts)
             write_streams([one.cut()])

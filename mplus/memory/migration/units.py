@@ -7,15 +7,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from attrs import define, evolve
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.memory.sources.rebuild import KEPT
-from mplus.memory.sources.source import Source
+from mplus.memory.sources.rebuild import marks_of
+from mplus.memory.sources.source import Source, SourceMarks
 from mplus.memory.sources.writes import WriteRecord
 from mplus.memory.state import StreamState
 from mplus.tokenizer import Tokenizer
@@ -52,9 +51,9 @@ class Unit:
     write_id: str = ""
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> SourceMarks:
         """Fields of its source that stay what they were."""
-        return {name: getattr(self.source, name) for name in KEPT}
+        return marks_of(self.source)
 
     @property
     def content(self) -> bytes:

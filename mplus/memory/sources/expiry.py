@@ -13,6 +13,7 @@ from mplus.memory.draft import adopt_draft, draft_of
 from mplus.memory.report import ForgetReport
 from mplus.memory.sources.clock import expiry_of, read_clock
 from mplus.memory.sources.forget import check_known, drop_source, forget, unshare
+from mplus.memory.sources.source import SourceMarks
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import Streams
 from mplus.stores.base import MemoryStore, StoreView
@@ -46,7 +47,7 @@ def expire(streams: Streams, now: float | None = None) -> list[ForgetReport]:
     return reports
 
 
-def facts_of(streams: Streams, expires: datetime | timedelta | None) -> dict[str, float]:
+def facts_of(streams: Streams, expires: datetime | timedelta | None) -> SourceMarks:
     """Return what a write sets of its source besides counts and times: when it expires. Raises InputError."""
     return {} if expires is None else {"expires": expiry_of(expires, streams.clock)}
 

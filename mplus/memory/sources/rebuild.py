@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from attrs import evolve
@@ -13,6 +12,7 @@ from mplus.errors import InputError
 from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import ForgetReport, WriteReport, progress_bar
 from mplus.memory.sources.forget import check_known, forgotten_names, held, names_to_keep, with_names
+from mplus.memory.sources.source import Source, SourceMarks
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts
 from mplus.memory.transaction import Streams
@@ -21,8 +21,16 @@ from mplus.memory.writing.plan import StreamWrite, check_dtype
 from mplus.stores.base import MemoryStore
 from mplus.stores.sharing import unshared
 
-KEPT = ("time", "last_time", "expires", "pinned", "write_id")
-"""What sources keep that are written anew."""
+
+def marks_of(source: Source) -> SourceMarks:
+    """Return the times and marks that a source keeps when it is written anew."""
+    return {
+        "time": source.time,
+        "last_time": source.last_time,
+        "expires": source.expires,
+        "pinned": source.pinned,
+        "write_id": source.write_id,
+    }
 
 
 def reset(streams: Streams) -> None:
@@ -146,10 +154,10 @@ def _keep_tails(before: Sequence[StreamState], after: list[StreamState], left_ou
                 after[row] = with_source[0].with_waiting(with_source[1], part.ids)
 
 
-def _facts(state: StreamState, name: str | None) -> dict[str, Any]:
-    """Return the times and marks that a source keeps when it is written anew."""
+def _facts(state: StreamState, name: str | None) -> SourceMarks:
+    """Return what a source of this name keeps when it is written anew; nothing where there is none."""
     number = state.sources.find(name)
-    return {} if number is None else {mark: getattr(state.sources[number], mark) for mark in KEPT}
+    return {} if number is None else marks_of(state.sources[number])
 
 
 def _turns(

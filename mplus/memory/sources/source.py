@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
 
 import torch
 from attrs import define, field
@@ -44,6 +45,16 @@ class Source:
     def is_written(self) -> bool:
         """Return whether there is text under it, in chunks or waiting; else only its name is kept."""
         return bool(self.chunks or self.tokens)
+
+
+class SourceMarks(TypedDict, total=False):
+    """Fields of a ``Source`` that a write may set besides counts and its own time."""
+
+    time: float | None
+    last_time: float | None
+    expires: float | None
+    pinned: bool
+    write_id: str | None
 
 
 OPTIONAL = ("time", "expires", "pinned", "write_id", "write_id_length", "last_time")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import evolve
 
@@ -15,6 +15,7 @@ from mplus.memory.draft import adopt_draft, draft_of
 from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.sources.expiry import facts_of
 from mplus.memory.sources.forget import drop_source
+from mplus.memory.sources.source import SourceMarks
 from mplus.memory.transaction import Streams, Sync
 from mplus.memory.writing.chunking import SourceNames, WriteData
 from mplus.memory.writing.commit import SYNC_THREADS, commit_together
@@ -69,10 +70,10 @@ def _adopt(streams: Streams, draft: Streams, sync: Sync) -> None:
     adopt_draft(streams, draft, removed=False, sync=sync)
 
 
-def _facts(write: StreamWrite, *, replaced: bool) -> dict[str, Any]:
+def _facts(write: StreamWrite, *, replaced: bool) -> SourceMarks:
     sources = write.streams.states[write.row].sources
     number = sources.find(write.name) if replaced else None
-    kept = {} if number is None else {"pinned": sources[number].pinned, "expires": sources[number].expires}
+    kept: SourceMarks = {} if number is None else {"pinned": sources[number].pinned, "expires": sources[number].expires}
     return {**kept, **write.facts}
 
 

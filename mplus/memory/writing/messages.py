@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import TypeAlias, TypeGuard
 
+from mplus.config import JsonValue
 from mplus.errors import InputError
 
-Message: TypeAlias = Mapping[str, Any]
+Message: TypeAlias = Mapping[str, JsonValue]
 """A chat message, ``{"role": ..., "content": ...}``, and perhaps a ``"name"``."""
 
 KNOWN = ("role", "content", "name", "tool_call_id", "tool_calls", "function_call")
@@ -65,8 +66,7 @@ def _speaker(message: Message, here: str) -> str:
             if key == "name" and value is None:
                 continue
             raise InputError(f"{here} must have a {key}, a text that is not empty, got {value!r}")
-    name: str = message.get("name") or message["role"]
-    return name.strip()
+    return str(message.get("name") or message["role"]).strip()
 
 
 def _text(message: Message, here: str) -> str:
@@ -85,7 +85,7 @@ def _text(message: Message, here: str) -> str:
     return "".join(_part(part, f"{here}['content'][{place}]") for place, part in enumerate(content))
 
 
-def _part(part: object, here: str) -> str:
+def _part(part: JsonValue, here: str) -> str:
     """Return the words of one part of a content. Raises InputError: it is no text."""
     if isinstance(part, str):
         return part

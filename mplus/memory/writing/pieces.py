@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from itertools import chain
-from typing import Any
 
 import torch
 from attrs import define, evolve, field
@@ -17,6 +16,7 @@ from mplus.errors import InputError
 from mplus.memory.engine import Engine
 from mplus.memory.report import LONG, WriteReport, progress_bar
 from mplus.memory.sources.expiry import facts_of
+from mplus.memory.sources.source import SourceMarks
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import NOTHING, Ids, check_vocabulary, cut_up, to_names, to_rows
 from mplus.memory.writing.passages import PassageCutter, to_text
@@ -111,7 +111,7 @@ def _write_texts(
     tokenizer: Tokenizer | None,
     pieces: Iterable[str | Ids],
     name: str | None,
-    facts: Mapping[str, Any],
+    facts: SourceMarks,
     report: WriteReport,
     advance: Callable[[int], None],
 ) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import define, evolve
@@ -16,6 +15,7 @@ from mplus.memory.engine import Engine
 from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import WriteReport
 from mplus.memory.sources.expiry import expire
+from mplus.memory.sources.source import SourceMarks
 from mplus.memory.sources.writes import WriteRecord
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mplus.memory.memory import Memory
 
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+NOTHING: SourceMarks = {}
 
 
 @define(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class StreamWrite:
     tokenizer: Tokenizer | None = None
     passages: Sequence[str] = ()
     before: str = ""
-    facts: Mapping[str, Any] = NOTHING
+    facts: SourceMarks = NOTHING
     record: WriteRecord | None = None
     begun: float = 0.0
     texts: Sequence[Tensor] = ()
@@ -137,7 +137,7 @@ def planned(
     data: WriteData,
     source: SourceNames,
     report: WriteReport,
-    facts: Mapping[str, Any],
+    facts: SourceMarks,
     now: WeightsState | None = None,
 ) -> list[StreamWrite]:
     """Check all that is to be written to a memory, and cut it into chunks, none of which spans two turns.
@@ -198,7 +198,7 @@ def passage_write(
     report: WriteReport,
     tokenizer: Tokenizer | None,
     before: str = "",
-    facts: Mapping[str, Any] = NOTHING,
+    facts: SourceMarks = NOTHING,
 ) -> StreamWrite:
     """Return what writes passages to a stream of a memory of text. Raises InputError: ids outside the vocabulary."""
     found = with_ids(passages, tokenizer)

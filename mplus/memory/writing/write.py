@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from attrs import evolve
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from mplus.errors import InputError, MemoryMismatchError, NotSupported, WriteTogetherError
 from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.sources.expiry import facts_of
+from mplus.memory.sources.source import SourceMarks
 from mplus.memory.transaction import Streams
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.at_once import write_all_at_once
@@ -126,7 +127,7 @@ def _write(
     data: Sequence[WriteData],
     sources: Sequence[SourceNames],
     progress: bool | None,
-    facts: Mapping[str, Any] = NOTHING,
+    facts: SourceMarks = NOTHING,
     *,
     write_ids: Sequence[str | None] = (),
     atomic: bool = False,

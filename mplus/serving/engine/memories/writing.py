@@ -15,6 +15,7 @@ from mplus.memory.memory import Memory
 from mplus.memory.report import WriteReport
 from mplus.memory.sources.clock import expiry_of
 from mplus.memory.sources.expiry import check_room
+from mplus.memory.sources.source import SourceMarks
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.free import check_free, grown_bytes
 from mplus.memory.writing.once import report_of, resumed
@@ -135,8 +136,8 @@ def _locked(writes: Sequence[MemoryWrite]) -> Iterator[None]:
         yield
 
 
-def _facts(memory: Memory, asked: WriteMemory) -> dict[str, float | bool]:
-    facts: dict[str, float | bool] = {}
+def _facts(memory: Memory, asked: WriteMemory) -> SourceMarks:
+    facts: SourceMarks = {}
     if asked.expires is not None:
         facts["expires"] = expiry_of(_moment(asked.expires), memory.streams.clock)
     if asked.pin:
