@@ -21,6 +21,7 @@ from mplus.interop.published_config import PublishedConfig, RopeDtype
 from mplus.interop.tensors import WEIGHTS, TensorFiles
 from mplus.memory.memory import Memory
 from mplus.rows import NO_SOURCE, MemoryRows
+from mplus.tokenizer import Tokenizer
 
 
 def load_published(path: str | Path, **options: Any) -> tuple[MemoryModel, Memory]:
@@ -94,7 +95,7 @@ class PublishedCheckpoint:
         rope_inv_freq_dtype: RopeDtype = "default",
         config: Mapping[str, JsonValue] | None = None,
         attn_implementation: str = "sdpa",
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
         check: bool = True,
     ) -> tuple[MemoryModel, Memory]:
@@ -138,12 +139,14 @@ class PublishedCheckpoint:
             memory.stores[0].append(layer, self._long_term(layer, dtype))
         return model, memory
 
-    def _wrap(self, decoder: Any, config: MPlusConfig, dtype: torch.dtype, device: torch.device, check: bool) -> Any:
+    def _wrap(
+        self, decoder: Any, config: MPlusConfig, dtype: torch.dtype, device: torch.device, check: bool
+    ) -> MemoryModel:
         pool = None
         if self.initialized:
             pool = torch.empty(self.files.shape("memory"), dtype=dtype, device=device)
             pool.copy_(self.files.read("memory"))
-        model = wrap(decoder, config, check=check, pool=pool)
+        model: MemoryModel = wrap(decoder, config, check=check, pool=pool)
         added = {name: place for name, place in self.places.items() if place.ours and not place.base}
         with torch.no_grad():
             for name, place in added.items():

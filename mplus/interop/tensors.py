@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,13 +19,36 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Names that safetensors headers give to floating dtypes."""
 
 
+class OpenSlice(Protocol):
+    """A tensor in a file, which is not read yet."""
+
+    def get_shape(self) -> list[int]:
+        """Return its shape."""
+
+    def get_dtype(self) -> str:
+        """Return the name that safetensors gives to its dtype."""
+
+
+class OpenFile(Protocol):
+    """A file as ``safetensors.safe_open`` opens it."""
+
+    def keys(self) -> list[str]:
+        """Return the names of its tensors."""
+
+    def get_slice(self, name: str) -> OpenSlice:
+        """Return a tensor without its content."""
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Read a tensor."""
+
+
 class TensorFiles:
     """Names and shapes of all tensors, known from the files' headers; content on request.
 
     A tensor that is read lies in pages of its file that the system may drop again, not in memory of the process.
     """
 
-    def __init__(self, files: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
+    def __init__(self, files: Mapping[str, OpenFile], paths: Mapping[str, Path]) -> None:
         """``files``: open file by path; ``paths``: file path by tensor name. Use ``open``."""
         self._files = {name: files[str(path)] for name, path in paths.items()}
         self._paths = paths
@@ -86,21 +109,22 @@ class TensorFiles:
         """Read the tensor as stored, on the CPU. Copy it: it is only as durable as its file."""
         file = self._file(name)
         try:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+            return file.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{self._paths[name]}: {name} cannot be read: {error}") from error
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> OpenFile:
         if name not in self._files:
             raise CheckpointError(f"the checkpoint must have a tensor {name}, which is missing")
         return self._files[name]
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> OpenFile:
     if not path.is_file():
         raise CheckpointError(f"{path} must exist: {INDEX} names it")
     try:
-        return safe_open(path, framework="pt")
+        opened: OpenFile = safe_open(path, framework="pt")
+        return opened
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} must be a complete safetensors file: {error}") from error
 

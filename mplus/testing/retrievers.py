@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 import pytest
@@ -356,7 +358,7 @@ class RetrieverConformance:
         assert self.queries(retriever, 1, 4).shape == queries.shape
 
     @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-    def test_works_in_every_grad_mode(self, mode: Any) -> None:
+    def test_works_in_every_grad_mode(self, mode: Callable[[], AbstractContextManager[None]]) -> None:
         retriever = self.make()
         store = self.fill(retriever, 8)
         hidden = torch.randn(1, 4, SHAPE.hidden_size, generator=torch.Generator().manual_seed(2))

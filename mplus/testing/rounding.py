@@ -9,7 +9,7 @@ shapes, same order) are the same bits, and are compared as such.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,7 @@ def check_ranking(ids: Sequence[int], scores: Mapping[int, float], tolerance: fl
     assert len(set(ids)) == len(ids), "a row comes twice"
 
 
+T = TypeVar("T")
 _DRAWING = frozenset((torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.bernoulli, torch.multinomial))
 
 
@@ -107,5 +108,5 @@ def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
 
 
-def _wide(value: Any) -> Any:
+def _wide(value: T) -> T | torch.dtype:
     return torch.float64 if value is torch.float32 else value

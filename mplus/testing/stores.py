@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import attrs
 import pytest
@@ -165,7 +166,7 @@ class StoreConformance(StoreChecks):
         ],
         ids=["no key", "no expiry", "narrow hidden", "wide key", "half hidden", "int32 birth", "short source"],
     )
-    def test_rows_of_another_layout_are_refused(self, broken: Any) -> None:
+    def test_rows_of_another_layout_are_refused(self, broken: Callable[[MemoryRows], MemoryRows]) -> None:
         store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)
         ids = store.append(0, rows)
         with pytest.raises(ValueError, match=r"\w"):

@@ -109,6 +109,7 @@ def salvage(folder: Path | Folder, manifest: LiveManifest) -> Salvaged:
         found.states.append(state)
         found.draws.append(read_sound_generator(reader, number, found.lost))
     _replay(folder, manifest, found, mapped, layout)
+    # Records are replayed on bare mapped files; only now do the stores that the manifest names take these over.
     for store, rows in zip(found.stores, mapped, strict=True):
         mapped_store(store).layers = rows.layers
     for number, (state, store) in enumerate(zip(found.states, found.stores, strict=True)):
@@ -161,6 +162,7 @@ def _store(
             for places in (live & sound).nonzero().squeeze(1).split(PIECE_ROWS):
                 columns = {name: file.unchecked(f"{layer}.{name}")[places] for name in layout.columns()}
                 store.append_as(layer, file.unchecked(f"{layer}.id")[places], MemoryRows.of(columns))
+    # No id is given twice: those of rows that are lost are passed over.
     store.next_ids = list(manifest.stores[stream].next_ids)
     return store
 
@@ -183,6 +185,7 @@ def _live(state: BlockFile, name: str, rows: int, lost: list[str]) -> Tensor:
 
 def _ascending(ids: Tensor, least: int, usable: Tensor) -> Tensor:
     """Return ``[n]`` bool: the ``usable`` ids from ``least`` on that are larger than all usable ones before them."""
+    # An id that is not usable stands below all others, so that it makes none behind it look out of order.
     known = ids.masked_fill(~(usable & (ids >= least)), least - 1)
     behind = known.cummax(0).values
     before = torch.cat([torch.tensor([least - 1]), behind[:-1]]) if len(ids) else behind

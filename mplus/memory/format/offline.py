@@ -100,6 +100,7 @@ def forget_saved(
 
     def change(states: list[StreamState], stores: list[MemoryStore]) -> ForgetReport:
         rows = chosen(row, len(states))
+        # Streams may share a store, which loses no rows of those that were not chosen.
         unshare(stores, rows)
         return forget(states, stores, rows, source, keep_name=keep_name)
 
@@ -175,6 +176,7 @@ def _changed(folder: Path, change: OfflineChange[T], files: FileSystem | None = 
             file = in_present_form(opened, manifest.earlier)
             check_names(file, manifest)
             states, stores, generators = read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))
+            # Accesses are noted only where the eviction policy goes by them.
             noted = any(name.startswith("stream.") and ".usage." in name for name in file.names)
             access_logs = [read_access_log(file, n, store) if noted else None for n, store in enumerate(stores)]
         result = change(states, stores)

@@ -67,8 +67,8 @@ def _rebuilt(
 
     Chunks that were due at once are again: what shared a pass then shares one now, but for what is left out. So the
     result is, bit for bit, what writing the other texts in the first place would have given, in the same chunks, and
-    what waits of them waits again. (Passes shared with other
-    memories, by ``write_together``, are not shared again; sums over a batch may then round differently.)
+    what waits of them waits again. (Passes shared with other memories, by ``write_together``, are not shared again;
+    sums over a batch may then round differently.)
 
     Args:
         streams: stay as they are; the caller holds their write lock.
@@ -169,6 +169,7 @@ def _turns(
         for text in () if state.texts is None else state.texts.chunks():
             if text.source != left_out.get(row):
                 name = state.sources[text.source].name
+                # Chunks of different streams that shared a pass have one turn, and share one again.
                 due.setdefault(text.turn, []).append((row, name, text.ids.to(torch.int64), text.short))
     return [due[turn] for turn in sorted(due)]
 
@@ -181,6 +182,7 @@ def _blank(streams: Streams) -> Streams:
     states, generators = [], []
     for state, store in zip(streams.states, streams.stores, strict=True):
         if state.texts is not None:
+            # As it was when the stream was new, so that the same rows are drawn to leave.
             generators.append(torch.Generator().set_state(state.texts.generator))
             new = state.restarted(streams.engine.new_state(store.layout))
             states.append(evolve(new, texts=Texts.of(state.texts.generator)))

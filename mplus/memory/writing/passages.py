@@ -103,6 +103,7 @@ class PassageCutter:
     def add(self, text: str) -> list[str]:
         """Return the passages that are full, whatever comes behind ``text``."""
         text = self.sentence + text
+        # A sentence that ends where the text ends so far may go on with what comes next.
         ends = [found.end() for found in SENTENCE_END.finditer(text) if found.end() < len(text)]
         end = ends[-1] if ends else 0
         self.sentence = text[end:]
@@ -139,6 +140,7 @@ def _units(text: str, tokenizer: Tokenizer | None, most: int) -> Iterator[tuple[
 
 def _halves(word: str, tokenizer: Tokenizer | None, most: int) -> Iterator[tuple[str, int]]:
     ((_, count),) = _counted([word], tokenizer)
+    # One character can have more tokens than fit (bytes of an emoji, say), and cannot be cut.
     if count <= most or len(word) == 1:
         yield word, count
         return
