@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from attrs import define
 from torch import nn
 
 from mplus.errors import CheckpointError
-from mplus.hf.model.installed import Decoder
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.model.sizes import known_positions
 from mplus.hf.pretrained.chat_model import load_chat_model, with_memory
@@ -18,14 +17,11 @@ from mplus.hf.pretrained.load import from_pretrained, without_bars
 from mplus.serving.messages import ModelFacts
 from mplus.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from mplus.hf.types import PreTrainedModel, PreTrainedTokenizerBase
+
 ADDITIONS = ".model"
 """Folder, beside the tenants', of what ``wrap`` added to a decoder that was not saved with a memory."""
-
-
-class NamedTokenizer(Tokenizer, Protocol):
-    """A tokenizer that was loaded from a folder."""
-
-    name_or_path: str
 
 
 @define(frozen=True, eq=False)
@@ -45,7 +41,7 @@ class ServedDecoder:
     ends: frozenset[int]
 
     @staticmethod
-    def of(model: MemoryModel, tokenizer: NamedTokenizer, name: str) -> ServedDecoder:
+    def of(model: MemoryModel, tokenizer: PreTrainedTokenizerBase, name: str) -> ServedDecoder:
         """Return a decoder that is loaded already, under the name that clients ask for it by."""
         engine = model.mplus_engine
         end = model.generation_config.eos_token_id
@@ -84,7 +80,7 @@ class ServedDecoder:
         return ServedDecoder.of(model, tokenizer, served_name or (Path(name).name if Path(name).exists() else name))
 
 
-def _wrapped(decoder: Decoder, kept: Path, mechanism: str | None) -> MemoryModel:
+def _wrapped(decoder: PreTrainedModel, kept: Path, mechanism: str | None) -> MemoryModel:
     """Return a decoder with the additions of the first start; the first start makes and keeps them."""
     with without_bars():
         if kept.is_dir():

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from attrs import define, field
 from tokenizers.pre_tokenizers import ByteLevel
@@ -17,7 +17,10 @@ from mplus.hf.pretrained.load import load_tokenizer
 from mplus.serving.errors import ServingError
 from mplus.serving.http.errors import bad_request
 from mplus.serving.http.text import IncrementalText
-from mplus.tokenizer import PieceTokenizer, has_chat_template
+from mplus.tokenizer import has_chat_template
+
+if TYPE_CHECKING:
+    from mplus.hf.types import PreTrainedTokenizerBase
 
 Prompt = TypeVar("Prompt")
 LONG = 20_000
@@ -41,7 +44,7 @@ class Tokenizer:
     folder: str
     context: int
     vocabulary: int
-    model: PieceTokenizer = field(init=False)
+    model: PreTrainedTokenizerBase = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.model = load_tokenizer(self.folder)
