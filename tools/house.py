@@ -198,12 +198,8 @@ def untyped(modules: Modules) -> list[str]:
     aliases = {name: dict(_loose_aliases(module)) for name, module in modules.items()}
     found = [f"{name}:{line} {alias}" for name, lines in aliases.items() for alias, line in lines.items()]
     for name, module in modules.items():
-        imported = {
-            alias.asname or alias.name
-            for node in module.nodes(ast.ImportFrom)
-            for alias in node.names
-            if alias.name in aliases.get(node.module or "", {})
-        }
+        imports = ((node.module or "", alias) for node in module.nodes(ast.ImportFrom) for alias in node.names)
+        imported = {alias.asname or alias.name for origin, alias in imports if alias.name in aliases.get(origin, ())}
         loose = {"Any", "object", *aliases[name], *imported}
         found += [f"{name}:{line} {ast.unparse(node)}" for line, node in _annotations(module) if loose & _names(node)]
     return found
@@ -218,17 +214,13 @@ def _loose_aliases(module: Module) -> Iterator[tuple[str, int]]:
 
 
 def _annotations(module: Module) -> Iterator[tuple[int, ast.expr]]:
-    equal = [node for node in module.nodes(ast.FunctionDef) if node.name == "__eq__"]
-    exempt = {argument for node in equal for argument in node.args.args}
+    exempt = {given for node in module.nodes(ast.FunctionDef) if node.name == "__eq__" for given in node.args.args}
     for node in ast.walk(module.tree):
-        if isinstance(node, Function):
-            annotation = node.returns
-        elif isinstance(node, ast.arg | ast.AnnAssign) and node not in exempt:
+        annotation = node.returns if isinstance(node, Function) else None
+        if isinstance(node, ast.arg | ast.AnnAssign) and node not in exempt:
             annotation = node.annotation
-        else:
-            continue
         if annotation is not None:
-            yield node.lineno, annotation
+            yield annotation.lineno, annotation
 
 
 def _names(node: ast.AST) -> set[str]:
