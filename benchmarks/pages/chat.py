@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.pages.chunks import found_chunks
 from benchmarks.pages.markdown import measured_on, table
+from benchmarks.pages.trained_maps import trained_maps
 from benchmarks.records import ROOT, load, record_path
 from mplus.evaluation.reports.paired import outcomes, ratio
 from mplus.evaluation.reports.report import Report
@@ -44,6 +45,8 @@ def render() -> str:
             parts.append(search(name, load("quality", f"chat-{name}-search")))
     if record_path("quality", "chunk_retrieval").is_file():
         parts.append(found_chunks(load("quality", "chunk_retrieval")))
+    if record_path("quality", "trained_retriever").is_file():
+        parts.append(trained_maps(load("quality", "trained_retriever")))
     return "\n\n".join(parts) + "\n"
 
 

@@ -34,6 +34,7 @@ from mplus.mechanisms.kv.passes import BegunDecoder
 from mplus.mechanisms.kv.state import state_of
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
 from mplus.training.chunk_retriever import FitOptions, Pairs, PooledStates, train_chunk_retriever
+from mplus.training.chunk_retriever.pooled import PooledDecoder
 from mplus.training.chunk_retriever.report import hits
 from mplus.training.chunk_retriever.run import MAPS, POOLED, pooled_pairs
 
@@ -123,22 +124,23 @@ class Tried:
         memory.write("Something to begin with.")
         (view,) = memory.snapshot()
         state, self.tokenizer = state_of(view), tokenizer
-        self.reader = BegunDecoder(model.mplus_engine.decoder, [view], [state.begin_rows])
-        self.pooled = PooledStates(folder / POOLED, self.reader, state.begin_ids)
+        reader = BegunDecoder(model.mplus_engine.decoder, [view], [state.begin_rows])
+        self.pooled = PooledStates(folder / POOLED, reader, state.begin_ids)
 
     def facts(self, cases: Sequence[Case], maps: Path) -> dict[str, JsonValue]:
         """Return recall at 1 and 4 by retriever, and what the maps add to "hybrid", paired."""
         path: dict[str, JsonValue] = {"path": str(maps)}
         components = {name: Component(name) for name in TRIED[:3]}
         components |= {"trained": Component("trained", path), "hybrid with trained": Component("hybrid", path)}
+        retrievers = {name: CHUNK_RETRIEVERS.build(component) for name, component in components.items()}
+        decoder = PooledDecoder(self.pooled)
+        calibrations = {name: one.calibrate(decoder, self.tokenizer) for name, one in retrievers.items()}
         found: dict[str, dict[int, dict[str, bool]]] = {name: {1: {}, 4: {}} for name in TRIED}
         for number, case in enumerate(cases):
             pairs = pairs_of(case, self.tokenizer)
             states = pooled_pairs(pairs, self.pooled, progress("reading what it is tried on"))
-            for name, component in components.items():
-                retriever = CHUNK_RETRIEVERS.build(component)
-                calibration = retriever.calibrate(self.reader, self.tokenizer)
-                own = hits(retriever, calibration, self.tokenizer, pairs, states)
+            for name, retriever in retrievers.items():
+                own = hits(retriever, calibrations[name], self.tokenizer, pairs, states)
                 for depth, right in own.items():
                     found[name][depth] |= {f"{number}/{place}": one for place, one in right.items()}
         facts: dict[str, JsonValue] = {"passages": len(cases[0].passages), "questions": len(found["words"][1])}
@@ -172,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with novels, squad and natural_questions")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of hidden states")
-    parser.add_argument("--passages", type=int, default=204, help="of the novels")
+    parser.add_argument("--passages", type=int, default=132, help="of the novels")
     parser.add_argument("--record", type=Path, default=RECORD)
     arguments = parser.parse_args()
     folder = smollm2_folder()

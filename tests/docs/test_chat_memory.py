@@ -32,5 +32,5 @@ def test_every_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     names, shown = run_page(PAGE, compare=False)
     assert shown == 4
-    assert [path.name for path in (tmp_path / "here").iterdir()] == ["assistant"]
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"assistant", "retriever"}
     assert names["memory"].sources() == [source for source in names["memory"].sources() if "Ines" not in source.name]

@@ -106,3 +106,22 @@ class PooledStates:
     def _name(self, text: Sequence[int]) -> str:
         facts = [self.decoder.weights, self.begin.tolist(), list(text)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+@define(frozen=True, eq=False)
+class PooledDecoder:
+    """A ``ChunkDecoder`` that reads no text twice: each token of a text has the mean hidden states of all of it.
+
+    Attributes:
+        pooled: what was read.
+    """
+
+    pooled: PooledStates
+
+    @property
+    def weights(self) -> str:
+        return self.pooled.decoder.weights
+
+    def hidden_states(self, ids: Tensor, mask: Tensor) -> Sequence[Tensor]:
+        means = self.pooled.of([text[own].tolist() for text, own in zip(ids, mask, strict=True)]).float()
+        return [layer[:, None].expand(-1, ids.shape[1], -1) for layer in means.unbind(1)]

@@ -15,11 +15,10 @@ from mplus.environment import run_info
 from mplus.errors import CheckpointError, ConfigError
 from mplus.mechanisms.kv.passes import BegunDecoder
 from mplus.mechanisms.kv.state import state_of
-from mplus.memory.state import StreamView
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
 from mplus.training.chunk_retriever.fitting import FitOptions, PooledPairs, fit
 from mplus.training.chunk_retriever.pairs import Pairs, pairs_of
-from mplus.training.chunk_retriever.pooled import PooledStates, Progress
+from mplus.training.chunk_retriever.pooled import PooledDecoder, PooledStates, Progress
 from mplus.training.chunk_retriever.report import compare
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def train_chunk_retriever(
     model: MemoryModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Path],
-    out: Path,
+    out: str | Path,
     *,
     questions: Path | None = None,
     passages: int = 1000,
@@ -74,7 +73,7 @@ def train_chunk_retriever(
         >>> found["recall"]["hybrid with trained"]["recall_at_1"]
         0.86
     """
-    options = options if options is not None else FitOptions()
+    options, out = options if options is not None else FitOptions(), Path(out)
     engine = getattr(model, "mplus_engine", None)
     if engine is None or engine.mechanism.name != "kv":
         raise ConfigError("a retriever of chunks is trained for a decoder wrapped with the mechanism 'kv'")
@@ -97,7 +96,7 @@ def train_chunk_retriever(
         "pairs": {"trained": len(pairs[0]), "held_out": len(pairs[1]), "tokens": sum(one.tokens for one in pairs)},
         "layers": maps.layers.tolist(),
         "losses": losses,
-        "recall": _compared(reader, view, tokenizer, pairs[1], held_out, out / MAPS, engine.config.retriever),
+        "recall": _compared(PooledDecoder(pooled), tokenizer, pairs[1], held_out, out / MAPS),
     }
     _write(out, lambda: (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
     return report
@@ -110,28 +109,14 @@ def pooled_pairs(pairs: Pairs, pooled: PooledStates, progress: Progress) -> Pool
 
 
 def _compared(
-    reader: BegunDecoder,
-    view: StreamView,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Pairs,
-    pooled: PooledPairs,
-    file: Path,
-    hybrid: Component,
+    decoder: PooledDecoder, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, pooled: PooledPairs, file: Path
 ) -> dict[str, JsonValue]:
     """Return recall on pairs by the retrievers that need no training, and with the maps."""
-    path = str(file)
-    components = {
-        "words": Component("words"),
-        "hidden": Component("hidden"),
-        "hybrid": Component("hybrid"),
-        "trained": Component("trained", {"path": path}),
-        "hybrid with trained": Component("hybrid", {"path": path}),
-    }
-    known = {"hybrid": state_of(view).calibration} if hybrid == Component("hybrid") else {}
+    maps: dict[str, JsonValue] = {"path": str(file)}
+    components = {name: Component(name) for name in ("words", "hidden", "hybrid")}
+    components |= {"trained": Component("trained", maps), "hybrid with trained": Component("hybrid", maps)}
     retrievers = {name: CHUNK_RETRIEVERS.build(one) for name, one in components.items()}
-    calibrations = {
-        name: known[name] if name in known else one.calibrate(reader, tokenizer) for name, one in retrievers.items()
-    }
+    calibrations = {name: one.calibrate(decoder, tokenizer) for name, one in retrievers.items()}
     return compare(retrievers, calibrations, tokenizer, pairs, pooled)
 
 

@@ -11,7 +11,7 @@ from attrs import define, field
 from mplus.errors import CheckpointError, InputError, NonFiniteError
 from mplus.hf.pretrained.shipped import load_tokenizer
 from mplus.training.chunk_retriever.pairs import pairs_of
-from mplus.training.chunk_retriever.pooled import PooledStates
+from mplus.training.chunk_retriever.pooled import PooledDecoder, PooledStates
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,18 @@ def test_texts_are_read_once_and_a_run_that_was_stopped_goes_on(tmp_path):
     other = Decoder(weights="e")
     pooled(tmp_path, other).of(TEXTS[:5])
     assert len(other.read) == 5  # of another decoder nothing is taken
+
+
+def test_means_come_back_as_those_of_a_decoder(tmp_path):
+    decoder = Decoder()
+    reader = PooledDecoder(pooled(tmp_path, decoder))
+    ids = torch.tensor([[5, 9, 1], [3, 0, 0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    for _ in range(2):
+        found = reader.hidden_states(ids, mask)
+        assert [tuple(layer.shape) for layer in found] == [(2, 3, 4)] * 2
+        assert found[0][:, :, 0].tolist() == [[5.0] * 3, [3.0] * 3]
+    assert (decoder.read, reader.weights) == ([1, 3], "d")
 
 
 def test_states_that_are_not_finite_and_damaged_files_are_refused(tmp_path):
