@@ -29,8 +29,14 @@ class SteppedRows:
 
     def __init__(self, model: WrappedModel, decoders: Sequence[PreTrainedModel]) -> None:
         self._model = model
-        # In the wrapped decoder a row that has none left fails by itself.
-        self._most_positions = _last_position(model) if decoders else None
+        self._most_positions: int | None = None
+        if decoders:  # in the wrapped decoder a row that has no position left fails by itself
+            engine, config = model.mplus_engine, model.config.get_text_config(decoder=True)
+            if isinstance(engine, TextEngine):
+                learned = getattr(config, "rope_parameters", None) is None
+            else:
+                learned = engine.shape.positions == "learned"
+            self._most_positions = known_positions(config) if learned else None  # others are no table that could end
         self._buffers = [RowBuffer(decoder) for decoder in decoders]
         self._slow: dict[Row, WrappedText] = {}
         self._steps = 0
@@ -137,11 +143,3 @@ class SteppedRows:
             self._last_step.pop(row, None)
             if self._slow.pop(row, None) is None:
                 next(buffer for buffer in self._buffers if row in buffer.rows).remove(row)
-
-
-def _last_position(model: WrappedModel) -> int | None:
-    """Return the number of positions a decoder has learned; None: its positions are no table that could end."""
-    engine, config = model.mplus_engine, model.config.get_text_config(decoder=True)
-    if isinstance(engine, TextEngine):
-        return known_positions(config) if getattr(config, "rope_parameters", None) is None else None
-    return known_positions(config) if engine.shape.positions == "learned" else None
