@@ -12,7 +12,8 @@ export HF_HUB_OFFLINE := 1
 # Every process that a test starts would compile torch and transformers anew, ten seconds each, where this is set.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint type pytest docs package gpu test-real test-serving test-matrix test-nightly test-cpus clean
+.PHONY: demo test lint type pytest kernels suite docs package gpu
+.PHONY: test-real test-serving test-matrix test-nightly test-cpus clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.sh
 	tools/environment.sh $(VENV)
@@ -22,8 +23,8 @@ demo: $(VENV)/.installed  ## Let a chat model (downloaded once, 93 MB) read a no
 	$(VENV)/bin/mplus demo
 
 test: $(VENV)/.installed  ## Everything a change must pass
-	$(MAKE) -j 2 type lint docs package
-	$(MAKE) pytest
+	$(MAKE) -j 2 lint type kernels docs package
+	$(MAKE) suite
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -32,9 +33,13 @@ lint: $(VENV)/.installed
 type: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
-pytest: $(VENV)/.installed
+pytest: kernels suite
+
+kernels: $(VENV)/.installed  # in one process: `make test` checks the types beside it
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/interpreted tests/mutants
+
+suite: $(VENV)/.installed
 	$(VENV)/bin/pytest $(WORKERS)
-	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests/interpreted tests/mutants $(WORKERS)
 	$(VENV)/bin/pytest plugins $(WORKERS)
 
 docs: $(VENV)/.installed  ## The documentation, in site/

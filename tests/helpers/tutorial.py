@@ -6,23 +6,28 @@ import os
 import shlex
 import subprocess
 import sys
-import sysconfig
+from importlib.metadata import distribution
 from pathlib import Path
 
 from tests.helpers.pages import BLOCK
+from tools.package import link, required
 
 ROOT = Path(__file__).parents[2]
+INSTALLED = ["hatchling", "hypothesis", "pip", "pytest"]
+"""What a page takes for granted beside mplus."""
 COMMANDS = {"pip": "-m pip", "pytest": "-m pytest", "mplus": "-c 'from mplus.cli import main; main()'"}
 
 
 def make_environment(folder: Path) -> dict[str, str]:
-    """Return the variables of a new virtual environment that sees mplus and what mplus needs, but not our plug-ins."""
+    """Return the variables of a new virtual environment with mplus and what it needs, and without plug-ins of ours."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     bin_folder = folder / "bin"
     purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
     asked = subprocess.run([bin_folder / "python", "-c", purelib], check=True, capture_output=True, text=True)
-    outer = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    Path(asked.stdout.strip(), "outer.pth").write_text("\n".join([*sorted(outer), str(ROOT)]) + "\n", encoding="utf-8")
+    site = Path(asked.stdout.strip())
+    for package in required([*(distribution("mplus").requires or []), *INSTALLED]):
+        link(package, site)
+    (site / "mplus.pth").write_text(f"{ROOT}\n", encoding="utf-8")
     for command, arguments in COMMANDS.items():
         script = bin_folder / command
         script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(bin_folder / "python"))} {arguments} "$@"\n')
