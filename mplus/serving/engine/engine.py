@@ -20,6 +20,7 @@ from mplus.serving.engine.answers.pace import Pace
 from mplus.serving.engine.decoder import ServedDecoder
 from mplus.serving.engine.memories.commands import Commands
 from mplus.serving.engine.memories.lanes import Lanes
+from mplus.serving.engine.memories.opening import opened_memory
 from mplus.serving.engine.memories.pool import Pool
 from mplus.serving.engine.memories.tenants import Tenants
 from mplus.serving.engine.memories.writer import Writer
@@ -38,6 +39,9 @@ class Engine:
     """The decoder and all memories of a server, in a thread of its own.
 
     ``submit``, ``cancel`` and ``close`` may be called in any thread.
+
+    Raises:
+        OSError, MPlusError: the folder of the memories cannot be used.
 
     Args:
         decoder: what is served.
@@ -59,9 +63,12 @@ class Engine:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._open = True
         self._started = threading.Event()
+        self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="mplus-engine", daemon=True)
         self._thread.start()
         self._started.wait()
+        if self._failed is not None:
+            raise self._failed
 
     # ------------------------------------------------------------------ in any thread
 
@@ -102,8 +109,15 @@ class Engine:
     # ------------------------------------------------------------------ in the engine's thread
 
     def _run(self) -> None:
-        with torch.no_grad():
-            asyncio.run(self._main())
+        try:
+            with torch.no_grad():
+                asyncio.run(self._main())
+        except Exception as error:
+            if self._started.is_set():
+                raise
+            self._failed = error
+        finally:
+            self._started.set()
 
     async def _main(self) -> None:
         self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
@@ -131,15 +145,8 @@ class Engine:
         self._flush()
         executor.shutdown(wait=True)
 
-    def _opened(self, name: MemoryName) -> Memory:
-        limits, decoder = self.config.limits, self.decoder
-        return Memory.open(
-            self._tenants.path(name),
-            decoder.model,
-            tokenizer=decoder.tokenizer,
-            bytes_budget=limits.memory_bytes,
-            wait=self.config.lock_seconds,
-        )
+    def _opened(self, name: MemoryName) -> tuple[Memory, int]:
+        return opened_memory(self._tenants.path(name), self.decoder, self.config)
 
     async def _turns(self) -> None:
         """Take turns for as long as there is something to do."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -217,10 +218,21 @@ def _end(channel: Connection, closing: threading.Event) -> None:
         channel.send(Close(0.0))
 
 
+def _end_with_front(loaded: threading.Event) -> None:
+    """End this process where the front ends while it still loads: nothing is open yet, and loading takes long."""
+    front = multiprocessing.parent_process()
+    if front is not None:
+        front.join()
+        if not loaded.is_set():
+            os._exit(1)
+
+
 def _serve(channel: Connection, source: DecoderSource, config: ServeConfig) -> None:
     """Be the engine's process, until the other side says so or is gone."""
     for which in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a supervisor: the front ends this one in order
         signal.signal(which, signal.SIG_IGN)
+    loaded = threading.Event()
+    threading.Thread(target=_end_with_front, args=(loaded,), daemon=True).start()
     try:
         from mplus.serving.engine.engine import Engine  # with torch, which the front's process loads meanwhile
 
@@ -229,6 +241,7 @@ def _serve(channel: Connection, source: DecoderSource, config: ServeConfig) -> N
         with contextlib.suppress(OSError):
             channel.send(RuntimeError(str(error)))
         return
+    loaded.set()
     sender = Sender(channel)
     engine = Engine(decoder, config, sender.send)
     sender.send(decoder.facts)

@@ -21,6 +21,8 @@ from mplus.serving.errors import ServingError
 LOG = logging.getLogger("mplus.serving")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """Numbers of system errors that say: there is no place to write to."""
+FAILED = {errno.EIO, errno.EACCES, errno.EPERM, errno.ENXIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
+"""Those that say: the system refuses files, be they damaged or not."""
 
 
 def refusal(error: BaseException, root: Path | None = None) -> ServingError:
@@ -34,9 +36,12 @@ def refusal(error: BaseException, root: Path | None = None) -> ServingError:
         return error
     message = _without_paths(str(error), root)
     if disk_is_full(error):
+        return disk_full()
+    if _system_error(error) in FAILED:
+        LOG.error("the system refuses files of a memory", exc_info=error)
         return ServingError(
-            "the server's disk cannot be written to, so nothing was written: try later, or tell who runs it",
-            507, "server_error", code="insufficient_storage",
+            "the server's disk does not do what it should, so nothing was changed: tell who runs it",
+            507, "server_error", code="disk_failed",
         )  # fmt: skip
     if isinstance(error, MemoryFullError):
         quota = "pinned" in message or "bytes_budget" not in message
@@ -66,11 +71,29 @@ def refusal(error: BaseException, root: Path | None = None) -> ServingError:
 
 def disk_is_full(error: BaseException | None) -> bool:
     """Return whether an error says that there is no place to write to."""
+    return _system_error(error) in FULL
+
+
+def disk_refuses(error: BaseException | None) -> bool:
+    """Return whether an error says that the disk cannot be written to, for whatever reason."""
+    return _system_error(error) in FULL | FAILED
+
+
+def disk_full() -> ServingError:
+    """Return the error that says: the disk is full or read-only."""
+    return ServingError(
+        "the server's disk cannot be written to, so nothing was written: try later, or tell who runs it",
+        507, "server_error", code="insufficient_storage",
+    )  # fmt: skip
+
+
+def _system_error(error: BaseException | None) -> int | None:
+    """Return the number of the system error that an error comes from; None: it comes from none."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
-            return True
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _without_paths(message: str, root: Path | None) -> str:

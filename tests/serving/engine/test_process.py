@@ -18,6 +18,8 @@ from mplus.serving.errors import ServingError
 from mplus.serving.messages import Generate, ListSources, MakeMemory, Sampling
 from tests.serving.engine.conftest import ADA, run, tell
 
+NOVEL = "Mary went to the garden. John took the ball. " * 600
+
 
 async def loaded(client: ProcessEngine) -> None:
     """Wait until the decoder is there."""
@@ -37,6 +39,9 @@ def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None:
             assert (await asyncio.to_thread(client.wait)).mechanism == "mplus"
             await client.call(MakeMemory(ADA))
             await tell(client, ADA, "Mary went to the garden. " * 20)
+            novel = asyncio.ensure_future(tell(client, ADA, NOVEL, "novel", write_id="once"))
+            while not (await client.metrics()).get("write_chunks", 0) > 15:
+                await asyncio.sleep(0.01)
             stream = client.generate(Generate("t", ADA, [5, 6, 7], sampling=Sampling(400, 0.0, ignore_end=True)))
             assert await anext(stream)
             before = client.pid
@@ -47,11 +52,18 @@ def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None:
                     pass
             assert caught.value.facts.status == 503
             with pytest.raises(ServingError):
+                await novel
+            with pytest.raises(ServingError):
                 await client.call(ListSources(ADA))
             await loaded(client)
             assert client.pid != before
             found: Any = await client.call(ListSources(ADA))
-            assert [one["name"] for one in found["data"]] == ["told"]
+            told, novel_now = found["data"]
+            assert (told["name"], novel_now["name"]) == ("told", "novel")
+            report = await tell(client, ADA, NOVEL, "novel", write_id="once")  # goes on where it was
+            assert 0 < novel_now["tokens"] < report["tokens"]
+            again: Any = await client.call(ListSources(ADA))
+            assert again["data"][1]["tokens"] == report["tokens"]
             assert (await client.metrics())["open_memories"] == 1
         finally:
             await client.close(0)

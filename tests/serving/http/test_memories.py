@@ -152,7 +152,7 @@ def test_an_import_while_the_disk_is_full(http, config, ada, monkeypatch):
     monkeypatch.setattr(drafts.tempfile, "NamedTemporaryFile", full)
     for verb, path in (("POST", f"{ada}/import"), ("GET", f"{ada}/export")):
         response = http.request(verb, path, content=b"x" if verb == "POST" else None)
-        assert error_of(response, 507)["code"] == "disk_full"
+        assert error_of(response, 507)["code"] == "insufficient_storage"
         assert "secret" not in response.text
 
 

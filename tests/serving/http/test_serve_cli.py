@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -25,7 +28,7 @@ ADMIN = "an-admin-key"
 class Started:
     """A server in a process, and a client of it."""
 
-    def __init__(self, folder, *options) -> None:
+    def __init__(self, folder, *options, line=r"http://127\.0\.0\.1:\d+") -> None:
         self.log, self.key = folder / "log", ADMIN
         command = [sys.executable, "-m", "mplus.cli", "serve", str(STORIES260K), "--memories", str(folder / "memories")]
         with self.log.open("w") as log:
@@ -33,8 +36,8 @@ class Started:
                 [*command, "--mechanism", "kv", "--port", "0", "--threads", "1", *options],
                 stderr=log, env={**os.environ, "MPLUS_ADMIN_KEY": ADMIN},
             )  # fmt: skip
-        self.until(lambda: re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text()))
-        self.url = re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text())[0]
+        self.until(lambda: re.search(line, self.log.read_text()))
+        self.url = re.search(line, self.log.read_text())[0]
 
     def until(self, holds) -> None:
         end = time.monotonic() + 300
@@ -43,11 +46,14 @@ class Started:
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.2)
 
-    def ask(self, path, body=None):
+    def open(self, path, body=None):
         headers = {"authorization": f"Bearer {self.key}", "content-type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
+        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers))
+
+    def ask(self, path, body=None):
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers)) as answer:
+            with self.open(path, body) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
@@ -60,10 +66,11 @@ class Started:
 def test_a_server_from_its_start_to_its_end(tmp_path):
     chat = {"messages": [{"role": "user", "content": "Lily has a red ball."}], "max_tokens": 4, "temperature": 0}
     keys = ["--memories", str(tmp_path / "memories")]
-    server = Started(tmp_path)
+    server = Started(tmp_path, "--grace", "1")
     try:
         assert server.ask("/ready")[0] in {200, 503}
         server.key = CliRunner().invoke(app, ["keys", "make", "ada", *keys]).stdout.strip()
+        second = CliRunner().invoke(app, ["keys", "make", "bob", *keys]).stdout.strip()
         server.until(lambda: server.ask("/ready")[0] == 200)
         status, answer = server.ask("/v1/chat/completions", {**chat, "remember": "user", "conversation": "talk"})
         assert (status, answer["usage"]["completion_tokens"], "memory_error" in answer) == (200, 4, False)
@@ -71,11 +78,48 @@ def test_a_server_from_its_start_to_its_end(tmp_path):
         assert server.ask("/v1/chat/completions", chat)[1]["memory_version"] > 0
         assert CliRunner().invoke(app, ["keys", "revoke", server.key.split("-")[1], *keys]).exit_code == 0
         assert server.ask("/v1/models")[0] == 401
+        begun = threading.Event()
+        said: list[bytes] = []
+
+        def listen() -> None:
+            body = {**chat, "max_tokens": 400, "ignore_eos": True, "stream": True}
+            with server.open("/v1/chat/completions", body) as answer:
+                for line in answer:
+                    said.append(line)
+                    begun.set()
+
+        listening = threading.Thread(target=listen)
+        server.key = second
+        listening.start()
+        assert begun.wait(60)
     finally:
         code = server.stop()
+    listening.join(30)
+    assert any(word in said[-2] + said[-1] for word in (b"[DONE]", b"shutting_down")), said[-3:]
     lines = server.log.read_text().splitlines()
     assert code == 0, lines
     assert any("route=/v1/chat/completions status=200" in line and "reason=length" in line for line in lines)
+
+
+def test_a_server_that_is_stopped_while_it_loads_leaves_no_process(tmp_path):
+    server = Started(tmp_path, line="loading .*this takes some seconds")
+    server.until(lambda: len(children(server.process.pid)) > 1)  # the engine, and what multiprocessing has beside it
+    others = children(server.process.pid)
+    server.stop()
+    end = time.monotonic() + 120
+    while any((Path("/proc") / str(pid)).exists() for pid in others):
+        assert time.monotonic() < end, server.log.read_text()
+        time.sleep(0.1)
+
+
+def children(pid) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def refused(*options) -> str:

@@ -23,7 +23,7 @@ from mplus.serving.engine.memories.pool import Pool
 from mplus.serving.engine.memories.tenants import DEFAULT, MadeMemory, Tenants, already_there, check_id, not_made
 from mplus.serving.engine.memories.writer import Writer
 from mplus.serving.engine.memories.writing import MemoryWrite
-from mplus.serving.engine.refusals import disk_is_full
+from mplus.serving.engine.refusals import disk_full, disk_is_full
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import MemoryName
 
@@ -106,6 +106,8 @@ class Commands:
                 await self._run(partial(self.tenants.make, name))
             memory = await self.pool.take(name)
             try:
+                if memory.directory is None:  # opened to be read only, while the disk could not be written
+                    raise disk_full()
                 yield memory
             finally:
                 self.pool.give(name)

@@ -21,9 +21,6 @@ T = TypeVar("T")
 REPLAYED_BYTES = 2**20
 """A memory with a journal up to this long is closed without a checkpoint: opening reads the journal in no time."""
 
-MOST_RECORDS = 2**24
-"""More than a journal has before a checkpoint takes its place."""
-
 
 @define(eq=False)
 class Place:
@@ -56,13 +53,13 @@ class Pool:
 
     def __init__(
         self,
-        opened: Callable[[MemoryName], Memory],
+        opened: Callable[[MemoryName], tuple[Memory, int]],
         most: int,
         ram_bytes: int | None,
         executor: Executor,
         metrics: Metrics,
     ) -> None:
-        """Args: ``opened`` opens a memory; called in threads of ``executor``."""
+        """Args: ``opened`` is ``opened_memory`` of a name; called in threads of ``executor``."""
         self.most, self.ram_bytes = most, ram_bytes
         self._opened, self._executor, self._metrics = opened, executor, metrics
         self._places: OrderedDict[MemoryName, Place] = OrderedDict()
@@ -86,12 +83,12 @@ class Pool:
     async def _open(self, name: MemoryName) -> None:
         place = self._places[name] = Place()
         try:
-            memory = await self._run(lambda: self._opened(name))
+            memory, version = await self._run(lambda: self._opened(name))
         except BaseException:
             del self._places[name]
             raise
         else:
-            place.memory, place.bytes, place.first = memory, memory.ram_bytes, _changes(memory) - memory.version
+            place.memory, place.bytes, place.first = memory, memory.ram_bytes, version - memory.version
         finally:
             place.settled.set()
             await self._tell()
@@ -112,7 +109,7 @@ class Pool:
         place.users -= 1
         if not place.users and place.memory is not None:
             place.bytes = place.memory.ram_bytes
-            if not place.memory.streams.persistence.is_open:  # it has failed: opened again, it is what is on disk
+            if not place.memory.streams.persistence.is_open:  # it has failed, or is to be read only: try again
                 self._begin_to_close(name, place, place.memory)
             while self._is_full(0) and self._close_one():
                 pass
@@ -206,15 +203,3 @@ def _closed(memory: Memory) -> None:
             streams.persistence.close()
     else:
         streams.close()
-
-
-def _changes(memory: Memory) -> int:
-    """Return a number that every change of a memory raises by at least one, as its files say: records and checkpoints.
-
-    Text that only waits is a record as well. Where it is opened again, a memory has a number at least as high as any
-    that was told of it, and the same one only with the same content.
-    """
-    directory = memory.directory
-    if directory is None or directory.manifest is None or directory.journal is None:
-        return 0
-    return directory.manifest.number * MOST_RECORDS + directory.journal.records

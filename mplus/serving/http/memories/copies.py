@@ -93,6 +93,7 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
         message = "the server's disk is full" if full else "the server's disk cannot be written"
-        raise ServingError(message, 507, "server_error", code="disk_full" if full else "disk_failed") from error
+        code = "insufficient_storage" if full else "disk_failed"
+        raise ServingError(message, 507, "server_error", code=code) from error
