@@ -18,7 +18,7 @@ from mplus.serving.errors import ServingError
 from mplus.serving.messages import Generate, ListSources, MakeMemory, Sampling
 from tests.serving.engine.conftest import ADA, run, tell
 
-NOVEL = "Mary went to the garden. John took the ball. " * 600
+NOVEL = "Mary went to the garden. John took the ball. " * 150
 
 
 async def loaded(client: ProcessEngine) -> None:
@@ -39,11 +39,12 @@ def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None:
             assert (await asyncio.to_thread(client.wait)).mechanism == "mplus"
             await client.call(MakeMemory(ADA))
             await tell(client, ADA, "Mary went to the garden. " * 20)
-            novel = asyncio.ensure_future(tell(client, ADA, NOVEL, "novel", write_id="once"))
-            while not (await client.metrics()).get("write_chunks", 0) > 15:
-                await asyncio.sleep(0.01)
             stream = client.generate(Generate("t", ADA, [5, 6, 7], sampling=Sampling(400, 0.0, ignore_end=True)))
             assert await anext(stream)
+            written = (await client.metrics())["write_chunks"]
+            novel = asyncio.ensure_future(tell(client, ADA, NOVEL, "novel", write_id="once"))
+            while (await client.metrics())["write_chunks"] < written + 3:
+                await asyncio.sleep(0)
             before = client.pid
             assert before is not None
             os.kill(before, signal.SIGKILL)
