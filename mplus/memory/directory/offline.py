@@ -18,12 +18,9 @@ from mplus.memory.directory.lock import acquire
 from mplus.memory.directory.open import read_directory, read_present
 from mplus.memory.format.entries import layout_from
 from mplus.memory.format.folder import MANIFEST, hold, mode_of
-from mplus.memory.format.manifest import rows_per_chunk
 from mplus.memory.format.rules import PIECE_ROWS, finite, rules
 from mplus.memory.format.save import ManifestHeader, stream_entry
-from mplus.memory.report import SourceInfo
 from mplus.memory.sources.forget import without_unused_sources
-from mplus.memory.sources.listing import sources_of
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import ChangeToken
@@ -72,14 +69,6 @@ def read_info(folder: Path) -> DirectoryInfo:
     )
 
 
-def live_sources(folder: Path) -> list[list[SourceInfo]]:
-    """List the sources of every stream, as ``Memory.sources``. Raises MemoryFileError as ``read_info``."""
-    with hold(folder) as held:
-        manifest, content, _ = read_present(held)
-    chunk = rows_per_chunk(manifest.fingerprint)
-    return [sources_of(view, chunk) for view in content.views()]
-
-
 T = TypeVar("T")
 
 OfflineChange = Callable[[list[StreamState], list[MemoryStore]], T]
@@ -118,13 +107,6 @@ def change_live(folder: Path, change: OfflineChange[T], files: FileSystem | None
         return result
     finally:
         directory.close()
-
-
-def live_content(folder: Path) -> list[StreamState]:
-    """Return the states of a memory in a directory, while it may be written. Raises as ``read_info``."""
-    with hold(folder) as held:
-        _, content, _ = read_present(held)
-    return content.states
 
 
 def chosen(row: int | None, streams: int) -> Sequence[int]:

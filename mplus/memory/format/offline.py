@@ -13,7 +13,8 @@ from mplus.config import Component
 from mplus.errors import MemoryFileError, NotSupported
 from mplus.mechanisms import MECHANISMS
 from mplus.memory.directory.checkpoint_manifest import LiveManifest, read_live_manifest
-from mplus.memory.directory.offline import OfflineChange, change_live, chosen, live_content, live_sources
+from mplus.memory.directory.offline import OfflineChange, change_live, chosen
+from mplus.memory.directory.open import read_present
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import layout_from, state_class
 from mplus.memory.format.folder import MANIFEST, check_removed, hold, lock, mode_of
@@ -24,7 +25,7 @@ from mplus.memory.format.tensors import TensorReader, Tensors
 from mplus.memory.report import ForgetReport, SourceInfo
 from mplus.memory.sources.expiry import forget_due, mark_pinned
 from mplus.memory.sources.forget import forget, unshare
-from mplus.memory.sources.listing import Held, listed
+from mplus.memory.sources.listing import Held, listed, sources_of
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.sources.text import text_of_source
 from mplus.memory.state import LONG_TERM, PlainState, StreamState, StreamView
@@ -46,7 +47,9 @@ def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
     """
     folder = Path(path)
     if is_memory(folder, LIVE_FORMAT):
-        return live_sources(folder)
+        with hold(folder) as directory:
+            live, content, _ = read_present(directory)
+        return [sources_of(view, rows_per_chunk(live.fingerprint)) for view in content.views()]
     here = hold(folder)
     held = lock(here, shared=True)
     try:
@@ -145,7 +148,11 @@ def _check_pins(folder: Folder) -> None:
 def saved_text(path: str | Path, source: str | None, row: int = 0, tokenizer: Tokenizer | None = None) -> str:
     """Return what was written from a source to a stream of a memory on disk, as ``Memory.text``. Raises as that."""
     folder = Path(path)
-    states = live_content(folder) if is_memory(folder, LIVE_FORMAT) else _saved_content(folder)
+    if is_memory(folder, LIVE_FORMAT):
+        with hold(folder) as directory:  # while another process may write to it
+            states = read_present(directory)[1].states
+    else:
+        states = _saved_content(folder)
     (number,) = chosen(row, len(states))
     return text_of_source(states[number], source, tokenizer)
 

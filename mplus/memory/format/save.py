@@ -58,7 +58,7 @@ from mplus.memory.texts import tail_tensors
 from mplus.memory.transaction import Streams
 from mplus.memory.weights_state import made_with
 from mplus.stores.base import Column, StoreLayout, StoreView
-from mplus.stores.disk.files import FileSystem, Folder, PathAt, open_file, read_file, writable
+from mplus.stores.disk.files import FileSystem, Folder, open_file, read_file, writable
 from mplus.stores.disk.safetensors_io import Part
 
 PIECE_BYTES = 2**26
@@ -149,17 +149,13 @@ def _leftovers(folder: Folder) -> set[str]:
     with writable(folder):
         found = {name for name in folder.names() if TEMPORARY_NAME.fullmatch(name)}
         for name in sorted(found):
-            with suppress(MemoryFileError):
-                if _is_json(folder / name):
+            begins = b""
+            with suppress(OSError), os.fdopen(open_file(folder / name), "rb") as file:
+                begins = file.read(2)
+            if begins == b"{\n":  # a manifest, and not rows, which are too many to be read at once
+                with suppress(MemoryFileError):
                     found.add(read_manifest(folder, name).data.file)
     return found
-
-
-def _is_json(path: PathAt) -> bool:
-    """Return True if a temporary file can be a manifest, and not rows, too many to be read at once."""
-    with suppress(OSError), os.fdopen(open_file(path), "rb") as file:
-        return file.read(2) == b"{\n"
-    return False
 
 
 def replace(

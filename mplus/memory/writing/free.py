@@ -84,13 +84,9 @@ def free_memory(device: torch.device) -> int | None:
         found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
     with suppress(OSError, ValueError):  # ValueError: "max", there is no limit
         limit, used = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        found.append(limit - used + _reclaimable())
+        found.append(limit - used)
+        # Cached files count as used in a container, and the system gives them back.
+        with suppress(StopIteration):
+            lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+            found[-1] += int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
     return min(found, default=None)
-
-
-def _reclaimable() -> int:
-    """Return the bytes of cached files that count as used in a container, and that the system gives back."""
-    with suppress(OSError, ValueError, StopIteration):
-        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
-    return 0

@@ -48,7 +48,11 @@ class Folding:
             for place, piece in enumerate(folded)
         ]
         # A script without case has no spaces between words, as a rule: its pieces count one by one.
-        opens = [not piece[:1].isalnum() or piece.startswith(SPACES) or _caseless(piece) for piece in pieces]
+        caseless = [piece[:1].isalpha() and piece[:1].lower() == piece[:1].upper() for piece in pieces]
+        opens = [
+            alone or not piece[:1].isalnum() or piece.startswith(SPACES)
+            for piece, alone in zip(pieces, caseless, strict=True)
+        ]
         return cls(
             numbers=torch.tensor([_number(text) for text in letters], dtype=torch.int64),
             powers=torch.tensor([_signed(pow(BASE, len(text), 2**64)) for text in letters], dtype=torch.int64),
@@ -85,10 +89,6 @@ class Folding:
             place = place + 1
         text_of = torch.searchsorted(lengths.cumsum(0), starts, right=True)
         return words, torch.bincount(text_of, minlength=len(lengths))
-
-
-def _caseless(piece: str) -> bool:
-    return piece[:1].isalpha() and piece[0].lower() == piece[0].upper()
 
 
 def _number(text: str) -> int:
