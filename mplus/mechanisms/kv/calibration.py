@@ -148,6 +148,7 @@ def _write(file: Path, calibration: Tensor) -> None:
     """Keep a calibration in a file; say where that cannot be done."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        # Put in place in one step, as another process may read the file, or be writing the same.
         beside = file.with_suffix(f".{os.getpid()}.part")
         save_file({"calibration": calibration.contiguous()}, beside)
         beside.replace(file)

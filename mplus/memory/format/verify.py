@@ -97,6 +97,7 @@ def _check_store(
 ) -> None:
     """Check the long-term rows of a store; ``known``: for each stream the numbers of its sources, if they are known."""
     sharing = [number for number, stream in enumerate(manifest.streams) if stream.store == store]
+    # No row that streams share may be newer than the one that has written least, or of a source that one of them lacks.
     clock = min(manifest.streams[number].clock for number in sharing)
     parts = [numbers for number in sharing if (numbers := known[number]) is not None]
     numbers, streams = torch.cat([torch.empty(0, dtype=torch.int64), *parts]).unique(return_counts=True)
@@ -124,13 +125,14 @@ def _check_stream(
             with _noting(faults):
                 tensors[name.removeprefix(mark)] = file.get(name)
     readable = {tier: [part for part in parts if part is not None] for tier, parts in rows.items()}
-    if readable == rows:
+    if readable == rows:  # tensors are checked beside rows, so only where all of these can be read
         with _noting(faults), as_written(f"{file.path}: {mark}*"):
             state_class(stream.mechanism).from_parts(layout, readable, tensors, clock=stream.clock)
     for layer, count in enumerate(stream.ltm):
         if (name := f"stream.{number}.usage.{layer}") in file.names:
             with _noting(faults):
                 read_times(file, name, count)
+    # Each by itself, so that a fault in one part hides none in the others.
     if known is not None:
         with _noting(faults):
             read_texts(file, number, known)

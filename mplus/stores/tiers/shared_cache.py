@@ -160,7 +160,7 @@ class Tiers:
             with host.lock:
                 host.put(keys, own, displace=False)
             with self.transfer.on_stream(), device.lock:
-                if not device.full:
+                if not device.full:  # else the rows would be sent to a device that has no place for them
                     device.put(keys, {name: self.transfer.to_device(own[name]) for name in own}, displace=False)
 
     def drop(self, layer: int, keys: Tensor) -> None:
