@@ -102,7 +102,7 @@ def kept_units(row: int, state: StreamState, due: float) -> Iterator[Unit]:
     group: list[Piece] = []
     for piece in _pieces(state):
         source = state.sources[piece.source]
-        if source.expires is not None and source.expires <= due:
+        if _is_due(source, due):
             continue
         alone = piece.short or piece.waits
         if group and (alone or group[-1].source != piece.source or group[-1].short or group[-1].waits):

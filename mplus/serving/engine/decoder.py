@@ -54,6 +54,7 @@ class ServedDecoder:
             mechanism=engine.mechanism.name,
             created=int(time.time()),
         )
+        # ``model.eval()``, to which transformers gives no type.
         return ServedDecoder(nn.Module.eval(model), tokenizer, facts, ends)
 
     @staticmethod
