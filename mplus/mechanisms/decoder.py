@@ -16,6 +16,7 @@ from mplus.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mplus.mechanisms.copied_layers import Copies, LayerCall
+    from mplus.stores.base import Location
 
 Collected = Literal["inputs", "outputs", "projected", "hidden", "calls", "logits"]
 """What ``Decoder.run`` can bring back of a pass besides the final hidden state."""
@@ -277,8 +278,8 @@ class KeptProjection(Protocol):
     def table_key(self, layer: int) -> Hashable:
         """Return what is equal in layers that have the same tables."""
 
-    def picked(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables | None) -> Segment:
-        """Return ``begin`` ``[1, w]`` and behind it the rows at ``places`` of ``column`` ``[m, w]``, as a segment."""
+    def picked(self, layer: int, begin: Tensor, found: Location, tables: Tables | None) -> Segment:
+        """Return ``begin`` ``[1, w]`` and behind it the ``found`` rows ``[n, w]``, as a segment."""
 
     def turned(self, layer: int, parts: Sequence[Tensor], tables: Tables | None) -> Segment:
         """Return rows ``[B, n_i, w]``, one part behind the other, as a segment."""

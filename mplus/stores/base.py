@@ -156,19 +156,24 @@ class Location:
     order: Tensor | None = None
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
-        """Return one column that has all the rows, and their places in it, in the order that was asked for.
-
-        Nothing is copied where there is one part.
-        """
+        """Return one column with all rows, and their places in the order asked for; of one part nothing is copied."""
         if len(self.parts) == 1:
             column, places = self.parts[0]
             return column, places if self.order is None else places[self.order]
-        column = self.parts[0][0]
-        counts = [places.shape[0] for _, places in self.parts]
-        rows = column.new_empty(sum(counts), *column.shape[1:])
-        for (column, places), target in zip(self.parts, rows.split(counts), strict=True):
-            torch.index_select(column, 0, places, out=target)
+        first, count = self.parts[0][0], sum(len(places) for _, places in self.parts)
+        rows = first.new_empty(count, *first.shape[1:])
+        Location(self.parts).copy_to(rows)
         return rows, torch.arange(rows.shape[0], device=rows.device) if self.order is None else self.order
+
+    def copy_to(self, out: Tensor) -> None:
+        """Copy the rows, in the order that was asked for, to ``out`` ``[n, w]``."""
+        if self.order is None and self.parts[0][0].dtype == out.dtype and self.parts[0][0].device == out.device:
+            targets = out.split([places.shape[0] for _, places in self.parts])
+            for (column, places), target in zip(self.parts, targets, strict=True):
+                torch.index_select(column, 0, places, out=target)
+            return
+        column, places = self.contiguous()
+        out.copy_(column.index_select(0, places))
 
 
 class Identity:

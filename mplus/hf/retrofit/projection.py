@@ -18,6 +18,7 @@ from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
 from mplus.hf.retrofit.positions import MemoryPositions, Rotation, find_rotation, rotary_at
 from mplus.mechanisms.decoder import Tables
+from mplus.stores.base import Location
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,8 +89,8 @@ class Projection:
         plain = [value for value in given if not isinstance(value, Tensor)]
         return id(spec.rotary), repr(plain), self.rotations[layer]
 
-    def picked(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables | None) -> Segment:
-        """Return ``begin`` ``[1, w]`` and behind it the rows at ``places`` ``[n]`` of ``column`` ``[m, w]``, a segment.
+    def picked(self, layer: int, begin: Tensor, found: Location, tables: Tables | None) -> Segment:
+        """Return ``begin`` ``[1, w]`` and behind it the ``found`` rows ``[n, w]``, a segment.
 
         Rows are copied whole, and values stay as they lie in the copy: heads are far apart in a segment, and a
         memory of many rows is slow to reach.
@@ -101,11 +102,11 @@ class Projection:
         # The kernel rotates first halves against second ones, and has one tile width for keys and values.
         width = max(self.width, self.value_width)
         halves = None if rotation.pairs != "half" else tables
-        if halves is not None and not reasons_against_gathering(column, *halves, width):
-            return self._picked_by_kernel(layer, begin, column, places, halves)
-        rows = column.new_empty(1 + places.shape[0], self.size)
+        if halves is not None and not reasons_against_gathering(found.parts[0][0], *halves, width):
+            return self._picked_by_kernel(layer, begin, *found.contiguous(), halves)
+        rows = begin.new_empty(1 + sum(len(places) for _, places in found.parts), self.size)
         rows[0] = begin[0]
-        torch.index_select(column, 0, places, out=rows[1:])
+        found.copy_to(rows[1:])
         check_finite("long-term memory", rows)
         still, values = self.split(rows[None])
         if tables is None:

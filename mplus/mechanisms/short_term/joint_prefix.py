@@ -107,11 +107,7 @@ def _put(found: Retrieved, place: Tensor) -> None:
     if found.source is None:
         place.copy_(found.rows.projected)  # type: ignore[arg-type]
         return
-    column, places = found.source.contiguous()
-    if column.dtype == place.dtype and column.device == place.device:
-        torch.index_select(column, 0, places, out=place)
-    else:
-        place.copy_(column.index_select(0, places))
+    found.source.copy_to(place)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

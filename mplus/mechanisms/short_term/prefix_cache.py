@@ -67,7 +67,7 @@ class Prepared:
         # One stream, whose rows lie where they are kept: picked and rotated in one go, with no copy between.
         if only is not None and only.source is not None and _alike(only.source.parts[0][0], like):
             tables = self._tables(layer, own[0], sizes, like)
-            front = self.projection.picked(layer, first[0], *only.source.contiguous(), tables)
+            front = self.projection.picked(layer, first[0], only.source, tables)
         else:
             parts = [
                 [begin, *_projected(found, like)] if there else []

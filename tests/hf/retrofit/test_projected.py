@@ -224,9 +224,9 @@ class TestWork:
 
         picked = Projection.picked
 
-        def count_picked(self: Projection, layer: int, begin: Any, column: Any, places: Any, tables: Any) -> Any:
-            turned.append(1 + len(places))
-            return picked(self, layer, begin, column, places, tables)
+        def count_picked(self: Projection, layer: int, begin: Any, found: Any, tables: Any) -> Any:
+            turned.append(1 + sum(len(places) for _, places in found.parts))
+            return picked(self, layer, begin, found, tables)
 
         monkeypatch.setattr(Projection, "turned", count)
         monkeypatch.setattr(Projection, "picked", count_picked)
