@@ -124,30 +124,34 @@ GENERATE = """
 import json, sys, time, torch
 torch.set_num_threads(1)
 import mplus
-from benchmarks.serving.load import prompt, story
-from mplus.hf.pretrained.load import load_with_tokenizer
-folder, users, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model, tokenizer = load_with_tokenizer(folder)
-memories = [model.new_memory(tokenizer=tokenizer) for _ in range(users)]
-for user, memory in enumerate(memories):
-    memory.write(story(user), source="story", progress=False)
-prompts = [tokenizer(prompt(user), return_tensors="pt")["input_ids"] for user in range(users)]
+try:
+    from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
+except ModuleNotFoundError:  # of an older checkout, which cannot read a folder of this one either
+    from mplus.hf.shipped import load_decoder, load_tokenizer
+sizes, tokens, stories, prompts = json.load(sys.stdin)
+torch.manual_seed(0)
+model, tokenizer = mplus.wrap(load_decoder(), mplus.MPlusConfig(**sizes)).eval(), load_tokenizer()
+memories = [model.new_memory(tokenizer=tokenizer) for _ in stories]
+for story, memory in zip(stories, memories):
+    memory.write(story, source="story")
+asked = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
 with torch.no_grad():
-    for user in (0, *range(users)):
+    for user in (0, *range(len(asked))):
         if user == 0:
             begun = time.perf_counter()
-        model.generate(prompts[user], memory=memories[user], max_new_tokens=tokens, do_sample=False,
+        model.generate(asked[user], memory=memories[user], max_new_tokens=tokens, do_sample=False,
                        eos_token_id=None, pad_token_id=0)
-print(json.dumps(users * tokens / (time.perf_counter() - begun)))
+print(json.dumps(len(asked) * tokens / (time.perf_counter() - begun)))
 """
 
 
-def one_after_another(model: str, root: Path, users: int, tokens: int) -> float:
-    """Return the tokens per second of ``model.generate`` for one user after another, with mplus of ``root``."""
-    paths = os.pathsep.join([str(root), str(ROOT)])
+def one_after_another(root: Path, users: int, tokens: int) -> float:
+    """Return the tokens per second of ``generate`` of stories260K, one user after another, by mplus of ``root``."""
+    asked = [SIZES, tokens, [story(user) for user in range(users)], [prompt(user) for user in range(users)]]
     done = subprocess.run(
-        [sys.executable, "-c", GENERATE, model, str(users), str(tokens)],
-        cwd=root, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", GENERATE],
+        input=json.dumps(asked), cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE,
+        text=True, check=True,
     )  # fmt: skip
     return round(float(json.loads(done.stdout.splitlines()[-1])), 1)
 
@@ -173,7 +177,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
                 finally:
                     server.stop()
             if options.model == STORIES:
-                found["generate"] = one_after_another(model, options.root, max(options.users), options.tokens)
+                found["generate"] = one_after_another(options.root, max(options.users), options.tokens)
             print(json.dumps(found, indent=1), flush=True)
             rounds.append(found)
     most = max(options.users)
