@@ -56,7 +56,8 @@ def serve(
         int, typer.Option("--open", min=1, help="Memories that are kept open; each takes two file descriptors.")
     ] = 256,
     ram: Annotated[
-        str | None, typer.Option(help="RAM for all open memories, mapped files not counted, such as 8GiB.", show_default="no limit")
+        str | None,
+        typer.Option(help="RAM for all open memories, mapped files not counted, such as 8GiB.", show_default="no limit"),
     ] = None,
     waiting: Annotated[int, typer.Option(min=1, help="Requests of one tenant that may wait.")] = 32,
     tenant_memories: Annotated[
