@@ -57,7 +57,7 @@ def serve(
     ] = 256,
     ram: Annotated[
         str | None,
-        typer.Option(help="RAM for all open memories, mapped files not counted, such as 8GiB.", show_default="no limit"),
+        typer.Option(help="RAM for open memories, mapped files not counted, such as 8GiB.", show_default="no limit"),
     ] = None,
     waiting: Annotated[int, typer.Option(min=1, help="Requests of one tenant that may wait.")] = 32,
     tenant_memories: Annotated[
