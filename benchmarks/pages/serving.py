@@ -59,6 +59,13 @@ MEASUREMENTS = {
         "while another user writes a novel, 99 % of the gaps between tokens are at most 100 ms; texts are "
         "those of each alone.",
     ),
+    "steps-stories260k-kv": Measurement(
+        "The batch reader with `kv`",
+        "Prefill of 32 prompts together takes at most .25 of each alone.",
+    ),
+    "steps-smollm2": Measurement(
+        "The batch reader with SmolLM2 and `kv`", "A step of B rows takes at most 1.2 times a plain forward of B rows."
+    ),
     "load-smollm2": Measurement(
         "SmolLM2 with `kv`",
         "8 users: texts equal to alone, 99 % of the gaps at most 4 decode steps, at least 3 times the "

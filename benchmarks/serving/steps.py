@@ -1,6 +1,7 @@
 """The batch reader alone, without a server: a step and the reading of prompts, by the number of rows.
 
 python -m benchmarks.serving.steps                       # stories260K with M+; writes records/steps.json
+python -m benchmarks.serving.steps --decoder stories260k-kv  # it with kv; writes records/steps-stories260k-kv.json
 python -m benchmarks.serving.steps --decoder smollm2     # SmolLM2 with kv; writes records/steps-smollm2.json
 
 All is timed in turns in one process, wall time and the processor's: a step of B rows beside a plain forward of B rows
@@ -30,7 +31,7 @@ from mplus.hf.pretrained.smollm2 import smollm2_folder
 from mplus.memory import Memory
 from mplus.timing import Arm, in_rounds, ratio, summary
 
-SIZES: Mapping[str, tuple[int, ...]] = {"stories260k": (1, 8, 32), "smollm2": (1, 8)}
+SIZES: Mapping[str, tuple[int, ...]] = {"stories260k": (1, 8, 32), "stories260k-kv": (1, 8, 32), "smollm2": (1, 8)}
 CHARACTERS = 4000
 QUESTIONS = ("In the garden there was", "Mary was", "Once upon a time there was a robin who", "He said that")
 NEW = 32
@@ -69,6 +70,8 @@ def loaded(name: str) -> tuple[Any, Any]:
         decoder = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return mplus.wrap(decoder, mplus.MPlusConfig(mechanism="kv")), tokenizer
+    if name == "stories260k-kv":
+        return mplus.wrap(load_decoder(), mplus.MPlusConfig(mechanism="kv")).eval(), load_tokenizer()
     config = mplus.MPlusConfig(
         chunk_tokens=128, memory_tokens_per_chunk=32, short_term_tokens=192, retrieved_tokens=96,
         long_term_tokens=20000, retriever={"name": "linear", "width": 32},

@@ -28,6 +28,8 @@ from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamView
 from mplus.memory.writing.update import check_finite
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
+from mplus.rows import MemoryRows
+from mplus.stores.base import StoreView
 from mplus.tokenizer import Tokenizer
 
 NOTHING = ChosenChunks(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
@@ -291,9 +293,8 @@ class KvReads(MemoryMechanism):
             if not len(places):
                 continue
             ids = store.ids(layer)
-            ids = ids[places.to(ids.device)]
-            rows = store.gather(layer, ids, leave_out=("key", "expiry", "projected"))
-            found[stream] = Retrieved(rows.replace(projected=None), ids, scores, units=units)
+            where = places.to(ids.device)
+            found[stream] = Retrieved(_without_keys(store, layer, ids, where), ids[where], scores, units=units)
         return found
 
     def has_prefix(self, view: StreamView) -> bool:
@@ -329,6 +330,16 @@ class KvReads(MemoryMechanism):
             return state.begin_ids
         first = () if first_token is None else (first_token,)
         return torch.tensor(first if self.options.begin is None else self.options.begin, dtype=torch.int32)
+
+
+def _without_keys(store: StoreView, layer: int, ids: Tensor, places: Tensor) -> MemoryRows:
+    """Return the rows at ``places`` of a layer whose ``ids`` are given, without their keys and values."""
+    together = store.content(layer, "projected") is not None and not store.layout.extra
+    birth = store.column(layer, "birth") if together else None
+    source = store.column(layer, "source") if together else None
+    if birth is not None and source is not None:
+        return MemoryRows(None, birth.index_select(0, places), source.index_select(0, places))
+    return store.gather(layer, ids[places], leave_out=("key", "expiry", "projected")).replace(projected=None)
 
 
 def _with_room(insertion: Insertion, most: Sequence[int]) -> Insertion:
