@@ -79,6 +79,9 @@ MEASUREMENTS = {
     "kill9": Measurement(
         "Killed while it writes", "After 50 SIGKILLs no acknowledged write is lost, and none is doubled."
     ),
+    "kill9-engine": Measurement(
+        "Its engine killed while it writes", "The same where the engine's process alone is killed, and started again."
+    ),
     "soak": Measurement(
         "Twenty minutes", "16 users for 20 minutes: resident memory stays within 5 %, file descriptors constant."
     ),
