@@ -93,6 +93,12 @@ def test_what_is_read_in_a_turn_follows_what_it_took() -> None:
     for _ in range(20):
         pace.read(pace.tokens(answering=True), 9.0, answering=True)
     assert pace.tokens(answering=True) == SMALLEST
+    assert pace.prompts(answering=True) == 1, "each costs what its memory is asked, however short"
+    for several in (1, 2, 4, 8):
+        pace.read(SMALLEST, 1e-4, answering=True, prompts=several)
+    assert pace.prompts(answering=True) == 16
+    pace.read(SMALLEST, 1e-4, answering=True, prompts=3)  # says nothing of more
+    assert pace.prompts(answering=True) == 16
     for _ in range(30):
         pace.read(pace.tokens(answering=False), 1e-4, answering=False)
     assert pace.tokens(answering=False) == MOST

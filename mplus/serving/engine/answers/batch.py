@@ -188,7 +188,7 @@ class Batch:
             prompts, piece = self.long[0], tokens
             self.long.rotate(-1)
         read = min(tokens, sum(len(row.request.ids) / row.request.copies for row in prompts.rows))
-        over = True
+        over, owners = True, list(prompts.rows.values())
         try:
             over = prompts.joining.advance(piece)
         except Exception as error:  # noqa: BLE001 - becomes the answer to all of them
@@ -197,7 +197,7 @@ class Batch:
         if over and prompts in self.long:
             self.long.remove(prompts)
         seconds = time.perf_counter() - begun
-        self._pace.read(int(read), seconds, answering=answering)
+        self._pace.read(int(read), seconds, answering=answering, prompts=len({id(one) for one, _ in owners}))
         self._metrics.count("prefill_tokens", read)
         self._metrics.took("prefill_seconds", seconds)
         self._admit(prompts)
@@ -206,8 +206,8 @@ class Batch:
         """Take short prompts that fit into a turn, read together; long ones move to ``long``. None: there is none."""
         requests: list[RowRequest] = []
         owners: list[tuple[Answer, int]] = []
-        left = tokens
-        while self.ready and (places := self.places - len(owners)) > 0:
+        left, most = tokens, self._pace.prompts(answering=bool(self.running))
+        while self.ready and len(requests) < most and (places := self.places - len(owners)) > 0:
             answer = self.ready[0]
             size, rows = len(answer.request.prompt), min(answer.request.answers - answer.begun, places)
             if requests and size > left:

@@ -8,6 +8,8 @@ SHARE = 0.3
 """Most of the time in which texts are written while answers are generated."""
 SMALLEST, MOST = 16, 8192
 """Tokens of prompts that are read in a turn, at least and at most."""
+MOST_PROMPTS = 64
+"""Prompts that are read in a turn, at most: even a short one costs what its memory is asked."""
 FOLLOWS = 0.3
 """Weight of a new measurement."""
 
@@ -30,13 +32,14 @@ class Pace:
     step: float = 0.0
     chunk: float = 0.01
     _tokens: dict[bool, float] = field(factory=lambda: {True: 64.0, False: 512.0}, init=False)
+    _prompts: dict[bool, float] = field(factory=lambda: {True: 8.0, False: float(MOST_PROMPTS)}, init=False)
 
     def stepped(self, seconds: float) -> None:
         """Note the seconds of a decode step."""
         self.step = seconds if not self.step else self.step + FOLLOWS * (seconds - self.step)
 
-    def read(self, tokens: int, seconds: float, *, answering: bool) -> None:
-        """Note the seconds in which so many tokens of prompts were read, while answers waited for it or not.
+    def read(self, tokens: int, seconds: float, *, answering: bool, prompts: int = 1) -> None:
+        """Note the seconds in which so many tokens of so many prompts were read, while answers waited for it or not.
 
         What a turn reads doubles at most, and halves at most, towards what would have fitted: a pass has costs of its
         own, so that seconds do not grow as tokens do.
@@ -45,10 +48,17 @@ class Pace:
         limit = self._tokens[answering]
         if change < 1 or tokens >= limit / 2:
             self._tokens[answering] = min(max(limit * change, SMALLEST), MOST)
+        several = self._prompts[answering]
+        if change < 1 or prompts >= several / 2:
+            self._prompts[answering] = min(max(several * change, 1.0), float(MOST_PROMPTS))
 
     def tokens(self, *, answering: bool) -> int:
         """Return how many tokens of prompts may be read in a turn."""
         return int(self._tokens[answering])
+
+    def prompts(self, *, answering: bool) -> int:
+        """Return how many prompts may be read in a turn."""
+        return int(self._prompts[answering])
 
     def wrote(self, chunks: int, seconds: float) -> None:
         """Note the seconds in which so many chunks were written."""
