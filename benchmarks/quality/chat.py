@@ -42,7 +42,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     sizes.update(map(assignment, given.set))
     task = cls(structure(cls.Options, sizes), Texts(words))
     ages = task.ages or sorted({0, task.passages - 1})
-    options = RunOptions(ages=ages, streams=1, seed=given.seed, timed=given.timed)
+    options = RunOptions(
+        ages=ages, streams=1, seed=given.seed, timed=given.timed, answers=given.answers, directory=given.directory
+    )
     how: dict[str, Any] = {
         "options": options,
         "generation": Generation.of(words, tokens=task.answer_tokens),
@@ -72,6 +74,8 @@ def main() -> None:
     parser.add_argument("--size", default="asked")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="option of the protocol")
     parser.add_argument("--timed", type=int, default=8)
+    parser.add_argument("--answers", type=Path, help="write every answer here, a line of JSON each")
+    parser.add_argument("--directory", type=Path, help="keep memories on disk here, and open them again to ask")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--record", type=Path)

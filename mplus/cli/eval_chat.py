@@ -74,12 +74,16 @@ def chat_command(protocol: str) -> Callable[..., None]:
         tokens: Annotated[int | None, typer.Option(min=1, help="Tokens generated for an answer.")] = None,
         timed: Annotated[int, typer.Option(min=0, help="Questions of each arm to time the first token of.")] = 4,
         directory: Annotated[
-            Path | None, typer.Option(help="Keep memories on disk in this folder, and open them again to ask.")
+            Path | None,
+            typer.Option(help="Keep memories on disk in this folder, and open them again to ask.")
         ] = None,
         search: Annotated[
             bool,
             typer.Option("--search", help="Search the memories only: is the right chunk among the best? No answers."),
         ] = False,
+        answers: Annotated[
+            Path | None, typer.Option(help="Write every answer of every arm to this file, a line of JSON each.")
+        ] = None,
         export: Annotated[Path | None, typer.Option(help="Write the questions for benchmarks/snapkv here.")] = None,
         snapkv: Annotated[Path | None, typer.Option(help="Answers of benchmarks/snapkv to the same questions.")] = None,
         seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
@@ -110,7 +114,15 @@ def chat_command(protocol: str) -> Callable[..., None]:
         words = cast("ChatTokenizer", tokenizer)
         task = _task(protocol, words, size, {"seed": seed, **({"data": str(data)} if data else {})}, settings)
         asked_at = numbers(ages, "--ages") or task.ages or sorted({0, task.passages - 1})
-        options = RunOptions(ages=asked_at, streams=1, seed=seed, timed=timed, directory=directory, export=export)
+        options = RunOptions(
+            ages=asked_at,
+            streams=1,
+            seed=seed,
+            timed=timed,
+            answers=answers,
+            directory=directory,
+            export=export,
+        )
         each = (
             (label, _execution(wrapped, words, task, options, tokens))
             for label, wrapped in wrapped_each(decoder, configs)

@@ -36,7 +36,9 @@ class RunOptions:
         separator: between passages, and before the question, where they are read as one text.
         seed: of the draws of which rows leave the STM: episode i has ``seed + i``.
         export: write the questions for SnapKV to this file.
-        directory: folder for memories on disk, which are closed and opened again before questions; None: in RAM.
+        answers: write every answer to this file, a line of JSON each.
+        directory: folder for memories on disk, which are closed and opened again before questions; None: in RAM. One
+            that was written by an earlier run, or a part of it, is gone on with.
         timed: questions of each arm that are answered one by one to time the first token.
     """
 
@@ -45,6 +47,7 @@ class RunOptions:
     separator: str = "\n"
     seed: int = field(default=0, validator=whole(0))
     export: Path | None = field(default=None, converter=optional(Path))
+    answers: Path | None = field(default=None, converter=optional(Path))
     directory: Path | None = field(default=None, converter=optional(Path))
     timed: int = field(default=0, validator=whole(0))
 

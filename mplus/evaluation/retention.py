@@ -72,6 +72,9 @@ def retention(
                 for one in told:
                     for result in results.values():
                         result.time(moment, one, most)
+    for result in results.values():
+        told_ = [pair for pairs in result.answers.values() for pair in pairs]
+        execution.export_answers(result.arm.name, [*told_, *result.untold])
     found = [result.record(execution, options.window_converged) for result in results.values()]
     alone = [cell for arm in found if arm.name == "none" for cell in arm.cells]
     borderline = sum(cell.correct for cell in alone) / sum(cell.questions for cell in alone) if alone else None

@@ -237,6 +237,34 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
             lines = "".join(json.dumps(line) + "\n" for line in (head, *episodes))
             self.options.export.write_text(lines, encoding="utf-8")
 
+    def export_answers(self, arm: str, answered: Sequence[tuple[Due, Answer]]) -> None:
+        if self.options.answers is None:
+            return
+        config = self.model.mplus_config
+        memory = {"mechanism": config.mechanism.name, "retriever": config.retriever.name}
+        with self.options.answers.open("a", encoding="utf-8") as file:
+            for due, answer in answered:
+                file.write(json.dumps({"arm": arm, **memory, **self._answered(due, answer)}, ensure_ascii=False) + "\n")
+
+    def _answered(self, due: Due, answer: Answer) -> dict[str, JsonValue]:
+        """Return a question with its answer as plain data."""
+        question, choice, made = due.question, answer.choice, answer.generated
+        needed = [due.episode.passages[need] for need in question.needs]
+        texts = {passage.source: passage.text for passage in due.episode.passages}
+        read = None if choice is None else [{"source": one, "text": texts.get(one or "")} for one in choice.sources]
+        return {
+            "id": due.id,
+            "category": question.category,
+            "question": question.prompt,
+            "accepted": list(question.answers),
+            "correct": answer.correct,
+            "answer": None if made is None else made.text,
+            "likelihood": None if made is None else made.likelihood,
+            "needed": [{"source": passage.source, "text": passage.text} for passage in needed],
+            "read": read,  # type: ignore[dict-item]  # a list of tables of texts
+            "score": None if choice is None else choice.score,
+        }
+
     def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
         check_retrieves(self.model)
         mechanism = self.model.mplus_engine.mechanism
@@ -330,6 +358,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
     def settings(self, options: ArmOptions, arms: Mapping[str, dict[str, JsonValue]]) -> dict[str, JsonValue]:
         harness = attrs.asdict(self.options)
         harness.update(ages=self.ages, export=None if self.options.export is None else self.options.export.name)
+        del harness["answers"]  # a file besides the report, which changes nothing
         harness["directory"] = self.options.directory is not None  # where it lies means nothing elsewhere
         return {
             "protocol": self.task.settings(),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 
 from attrs import define
@@ -82,17 +85,21 @@ class Telling:
             seed: of the memory.
             advance: moves a progress bar on, a step for each passage.
         """
-        memory = self._new_memory(len(batch), seed)
+        folder = self._folder(batch, seed)
+        memory = self._new_memory(len(batch), seed, folder)
         for place in range(max(len(episode.passages) for episode in batch)):
             present = [episode.passages[place] if place < len(episode.passages) else None for episode in batch]
             sources = [None if passage is None else passage.source for passage in present]
-            memory.write([self._written(passage) for passage in present], source=sources, progress=False)
+            texts = [self._written(passage) for passage in present]
+            # Under an id, a memory on disk that has the passage already is left as it is.
+            write_id = None if folder is None else f"passage {place}"
+            memory.write(texts, source=sources, write_id=write_id, progress=False)
             if place in due:
-                memory = self._reopened(memory, seed)
+                memory = self._reopened(memory, seed, folder)
                 yield MemoryMoment(due[place], memory)
             if advance is not None:
                 advance(sum(passage is not None for passage in present))
-        if self.options.directory is not None:
+        if folder is not None:
             memory.close()
 
     def _written(self, passage: Passage | None) -> list[int] | str | None:
@@ -100,20 +107,28 @@ class Telling:
             return None
         return passage.text + self.options.separator if self.chat else self.texts.ids(passage.text)
 
-    def _new_memory(self, streams: int, seed: int) -> Memory:
+    def _folder(self, batch: Sequence[Episode], seed: int) -> Path | None:
+        """Return the folder of a memory of these episodes, which memories of other texts or configs do not share."""
+        if self.options.directory is None:
+            return None
+        told = [[(passage.text, passage.source) for passage in episode.passages] for episode in batch]
+        parts = [self.model.mplus_config.to_dict(), self.options.separator, self.chat, seed, told]
+        name = hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:12]
+        return self.options.directory / f"memory-{name}"
+
+    def _new_memory(self, streams: int, seed: int, folder: Path | None) -> Memory:
         # A memory of text turns what it recalls into tokens, and what it is told into text; one of a chat model is
         # told text.
         of_rows = isinstance(self.model.mplus_engine.mechanism, MemoryMechanism)
         tokenizer = None if of_rows and not self.chat else cast("Any", self.tokenizer)
-        if self.options.directory is None:
+        if folder is None:
             return self.model.new_memory(batch_size=streams, seed=seed, tokenizer=tokenizer)
-        folder = self.options.directory / f"memory-{seed}"
         return Memory.open(folder, self.model, batch_size=streams, tokenizer=tokenizer, seed=seed)
 
-    def _reopened(self, memory: Memory, seed: int) -> Memory:
+    def _reopened(self, memory: Memory, seed: int, folder: Path | None) -> Memory:
         """Return the memory as a later process finds it; itself, where it is not on disk."""
-        if self.options.directory is None:
+        if folder is None:
             return memory
         with closing(memory):
             streams = memory.batch_size
-        return self._new_memory(streams, seed)
+        return self._new_memory(streams, seed, folder)

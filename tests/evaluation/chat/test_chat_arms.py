@@ -20,7 +20,7 @@ from mplus.evaluation.chat.prompt import ChatPrompt
 from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports import paired
-from mplus.evaluation.retention import make_arms
+from mplus.evaluation.retention import make_arms, retention
 from mplus.hf.reading.override import reading_as
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.retrievers.chunks.hybrid import HybridRetriever
@@ -228,8 +228,21 @@ def test_memories_on_disk_are_opened_again_to_ask(tmp_path, asked):
     made = execution(directory=tmp_path)
     [again] = [(arm(made, "kv").answers(later, later.due), later.memory) for later in made.moments()]
     assert [answer.generated.ids for answer in again[0]] == given(execution(), moment, due, "kv")
-    assert (tmp_path / "memory-0").is_dir()
+    [rows] = [[store.count(0) for store in later.memory.stores] for later in made.moments()]
+    assert rows == [store.count(0) for store in moment.memory.stores]  # what was on disk is not written again
+    assert len(list(tmp_path.iterdir())) == 1
     assert made.settings(ArmOptions(), {})["harness"]["directory"] is True
+
+
+def test_answers_are_written_to_a_file(tmp_path):
+    made = execution(answers=tmp_path / "answers.jsonl")
+    retention(made, ArmOptions(arms=("none", "kv")), progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["arm"] for line in lines} == {"none", "kv"}
+    [told, *_] = [line for line in lines if line["arm"] == "kv" and line["needed"]]
+    assert told["accepted"] and told["accepted"][0] in told["needed"][0]["text"]
+    assert {"source", "text"} == set(told["read"][0])
+    assert all(line["read"] is None for line in lines if line["arm"] == "none")
 
 
 def test_examples(asked):
