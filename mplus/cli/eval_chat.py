@@ -74,8 +74,7 @@ def chat_command(protocol: str) -> Callable[..., None]:
         tokens: Annotated[int | None, typer.Option(min=1, help="Tokens generated for an answer.")] = None,
         timed: Annotated[int, typer.Option(min=0, help="Questions of each arm to time the first token of.")] = 4,
         directory: Annotated[
-            Path | None,
-            typer.Option(help="Keep memories on disk in this folder, and open them again to ask.")
+            Path | None, typer.Option(help="Keep memories on disk in this folder, and open them again to ask.")
         ] = None,
         search: Annotated[
             bool,

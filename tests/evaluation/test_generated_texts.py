@@ -121,6 +121,29 @@ def test_needles_lie_at_their_depth(tmp_path):
         make("needles", data=folder, depths=(2,))
 
 
+def test_needles_together_lie_at_their_depth_of_each_length_of_one_novel(tmp_path):
+    folder = data.novels(tmp_path / "novels")
+    options = {"data": folder, "lengths": (400, 200), "depths": (0, 0.5, 1), "episodes": 2, "passage_tokens": 40}
+    made = make("needles", **options, together=True, split="choose")
+    (episode,) = made.episodes()
+    novel = [passage for passage in episode.passages if passage.source.startswith("novel")]
+    assert sum(made.texts.count(passage.text) for passage in novel) == 400
+    assert len(episode.passages) == len(novel) + 12 <= made.passages
+    places = set()
+    for question in episode.questions:
+        length, depth = (float(word) for word in re.findall(r"[\d.]+", question.category))
+        (place,), (age,) = question.needs, question.ages
+        places.add(place)
+        told = episode.passages[: place + age + 1]  # when it is asked
+        before, after = (
+            sum(made.texts.count(one.text) for one in some if one in novel) for some in (told[:place], told[place:])
+        )
+        assert before + after == pytest.approx(length, abs=40)
+        assert before == pytest.approx(depth * length, abs=40)
+        assert question.answers[0] in episode.passages[place].text
+    assert len(places) == 12
+
+
 def test_generated_conversations_say_what_is_asked():
     made = make("conversations", episodes=2, sessions=5, categories=(1, 2, 4, 5))
     one, two = made.episodes()

@@ -85,6 +85,19 @@ def test_squad_tells_test_articles_among_train_articles(all_options):
         assert not any(f"house{test}x" in passage.text for passage in episode.passages[1:] for test in (3, 7))
 
 
+def test_many_contexts_of_squad_are_told_before_any_is_asked_about(all_options):
+    options = {**all_options["squad"], "contexts": 2, "questions": 3, "passages": 3, "before": 1, "episodes": 1}
+    (episode,) = make("squad", **options).episodes()
+    names = [passage.source for passage in episode.passages]
+    assert [name.split()[0] for name in names] == ["distraction", "squad:", "squad:", "distraction", "distraction"]
+    assert len(set(names)) == 5
+    assert [question.needs for question in episode.questions][:2] == [(1,), (2,)]
+    assert len(episode.questions) <= 3
+    assert {question.after for question in episode.questions} == {2}
+    for question in episode.questions:
+        assert question.answers[0] in episode.passages[question.needs[0]].text
+
+
 def test_squad_train_articles_do_not_distract_from_themselves(all_options):
     for episode in make("squad", **all_options["squad"], split="train", passages=6, untold=1).episodes():
         houses = [question.prompt.split()[-2].rstrip("?") for question in episode.questions]

@@ -21,6 +21,12 @@ SIZES: Mapping[str, Mapping[str, Options]] = {
     "needles": {
         "small": {"lengths": [500, 1000], "depths": [0, 0.5, 1], "episodes": 1},
         "asked": {"lengths": [10_000, 50_000, 200_000], "depths": [0, 0.25, 0.5, 0.75, 1], "episodes": 5},
+        "together": {
+            "lengths": [10_000, 50_000, 100_000, 200_000],
+            "depths": [0, 0.25, 0.5, 0.75, 1],
+            "episodes": 5,
+            "together": True,
+        },
     },
     "conversations": {
         "small": {"sessions": 2, "turns": 8, "episodes": 1, "questions": 40, "categories": [1, 2, 4, 5]},
@@ -29,6 +35,26 @@ SIZES: Mapping[str, Mapping[str, Options]] = {
     "squad": {
         "small": {"passages": 3, "episodes": 4, "passage_tokens": 200, "prompt": PLAIN},
         "asked": {"passages": 101, "episodes": 100, "passage_tokens": 512, "prompt": PLAIN},
+        "together": {
+            "contexts": 100,
+            "questions": 100,
+            "passages": 101,
+            "episodes": 1,
+            "passage_tokens": 200,
+            "answer_tokens": 16,
+            "golds": "all",
+            "prompt": PLAIN,
+        },
+        "search": {
+            "contexts": 500,
+            "questions": 200,
+            "passages": 1,
+            "episodes": 1,
+            "passage_tokens": 512,
+            "answer_tokens": 16,
+            "golds": "all",
+            "prompt": PLAIN,
+        },
     },
     "natural-questions": {
         "small": {"passages": 3, "episodes": 4, "passage_tokens": 256, "prompt": PLAIN},

@@ -260,7 +260,7 @@ class Execution(ABC, Generic[M, W]):
     def export_questions(self) -> None:
         """Write the questions to a file, if that was asked for."""
 
-    def export_answers(self, arm: str, answered: Sequence[tuple[Due, Answer]]) -> None:  # noqa: B027 - a hook
+    def export_answers(self, arm: str, answered: Sequence[tuple[Due, Answer]]) -> None:
         """Write what an arm answered to a file, if that was asked for."""
 
     # What the retriever does.

@@ -42,6 +42,8 @@ class ContextOptions(FileOptions):
 
     Attributes:
         answer_tokens: most tokens of an answer; None: any length.
+        contexts: told in an episode one after the other, all before it is asked about any; ``questions`` are spread
+            over them. With more than one, many questions are asked of one memory.
         golds: accept the "first" answer (published) or "all".
         context: how a context is told; ``{text}`` stands for it.
         prompt: how it is asked; ``{question}`` stands for the question.
@@ -51,6 +53,7 @@ class ContextOptions(FileOptions):
     """
 
     answer_tokens: int | None = field(default=3, validator=whole(1, optional=True))
+    contexts: int = field(default=1, validator=whole(1))
     golds: Literal["first", "all"] = field(default="first", validator=one_of("first", "all"))
     context: str = field(default="{text}", validator=holds("{text}"))
     prompt: str = field(default="Question: {question}\nAnswer:", validator=holds("{question}"))
@@ -78,22 +81,44 @@ class ContextProtocol(Protocol):
                 f"none of {len(contexts)} has: raise passage_tokens or answer_tokens"
             )
         rng.shuffle(fitting)
-        episodes = []
-        for number, (context, usable) in enumerate(fitting[: options.episodes]):
-            strange = [(c, q) for c, questions in fitting if c.title != context.title for q in questions]
-            untold = rng.sample(strange, min(options.untold, len(strange)))
-            asked = [(q, (options.before,)) for q in usable[: options.questions]] + [(q, ()) for _, q in untold]
-            closed = {context.title, *(c.title for c, _ in untold)}
-            avoid = [answer for question, _ in asked for answer in question.answers] if options.avoid_answers else []
-            others = self._distraction([c for c in distraction if c.title not in closed], avoid, number)
-            episodes.append(
-                Episode(
-                    number=number,
-                    passages=self._passages(context, others),
-                    questions=tuple(self._question(question, needs) for question, needs in asked),
-                )
-            )
-        return episodes
+        size = options.contexts
+        starts = range(0, len(fitting) - size + 1, size) or range(1)  # fewer contexts than that are one episode
+        return [
+            self._episode(number, fitting[start : start + size], fitting, distraction, rng)
+            for number, start in enumerate(starts[: options.episodes])
+        ]
+
+    def _episode(
+        self,
+        number: int,
+        chosen: Sequence[tuple[Context, list[Asked]]],
+        fitting: Sequence[tuple[Context, list[Asked]]],
+        distraction: Sequence[Context],
+        rng: random.Random,
+    ) -> Episode:
+        """Return an episode about the ``chosen`` of the ``fitting`` contexts, each with its questions."""
+        options, titles = self.options, {context.title for context, _ in chosen}
+        strange = [(c, q) for c, questions in fitting if c.title not in titles for q in questions]
+        untold = rng.sample(strange, min(options.untold, len(strange)))
+        # The first question of every context, then the second of each, and so on.
+        every = sorted(
+            (
+                (turn, options.before + place, q)
+                for place, (_, usable) in enumerate(chosen)
+                for turn, q in enumerate(usable)
+            ),
+            key=lambda entry: entry[:2],
+        )
+        asked = [(q, (place,)) for _, place, q in every[: options.questions]] + [(q, ()) for _, q in untold]
+        closed = titles | {c.title for c, _ in untold}
+        avoid = [answer for question, _ in asked for answer in question.answers] if options.avoid_answers else []
+        others = self._distraction([c for c in distraction if c.title not in closed], avoid, number)
+        last = options.before + len(chosen) - 1
+        return Episode(
+            number=number,
+            passages=self._passages([context for context, _ in chosen], others),
+            questions=tuple(self._question(question, needs, last) for question, needs in asked),
+        )
 
     def _usable(self, context: Context) -> list[Asked]:
         options, found = self.options, []
@@ -105,17 +130,22 @@ class ContextProtocol(Protocol):
                 found.append(Asked(asked.question, golds))
         return found
 
-    def _question(self, asked: Asked, needs: tuple[int, ...]) -> Question:
+    def _question(self, asked: Asked, needs: tuple[int, ...], after: int) -> Question:
         prompt = self.options.prompt.replace("{question}", asked.question)
-        return Question(prompt=prompt, answers=asked.answers, needs=needs, after=self.options.before)
+        return Question(prompt=prompt, answers=asked.answers, needs=needs, after=after)
 
-    def _passages(self, context: Context, others: Iterator[str]) -> tuple[Passage, ...]:
-        options = self.options
-        told = Passage(text=options.context.replace("{text}", context.text), source=f"{self.name}: {context.title}")
-        return tuple(
-            told if number == options.before else Passage(text=next(others), source=f"distraction {number}")
-            for number in range(options.before + options.passages)
-        )
+    def _passages(self, contexts: Sequence[Context], others: Iterator[str]) -> tuple[Passage, ...]:
+        options, end = self.options, self.options.before + len(contexts)
+        names = [f"{self.name}: {context.title}" for context in contexts]
+        if len(contexts) > 1:
+            names = [f"{name}, {place}" for place, name in enumerate(names)]  # an article has many paragraphs
+        told = [
+            Passage(text=options.context.replace("{text}", context.text), source=name)
+            for context, name in zip(contexts, names, strict=True)
+        ]
+        numbers = [*range(options.before), *range(end, end + options.passages - 1)]
+        around = [Passage(text=next(others), source=f"distraction {number}") for number in numbers]
+        return (*around[: options.before], *told, *around[options.before :])
 
     def _distraction(self, contexts: Sequence[Context], avoid: Sequence[str], number: int) -> Iterator[str]:
         """Yield passages of full length, of contexts in random order, over and over."""
