@@ -24,6 +24,7 @@ model: [Evaluation](../evaluation.md#a-chat-model).
 TITLES = {
     "notes": "Notes about invented people",
     "notes-unseen": "Notes about people and things that nothing was tried on",
+    "notes-among": "A thousand notes among novels",
     "notes-changing": "Notes of which half change",
     "needles": "Needles in novels",
     "conversations": "Conversations over many sessions",
