@@ -47,7 +47,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     )
     how: dict[str, Any] = {
         "options": options,
-        "generation": Generation.of(words, tokens=task.answer_tokens),
+        "generation": Generation.of(words, tokens=given.tokens or task.answer_tokens),
         "scoring": Scoring(correct="contains_words", normalise="squad"),
         "chat": ChatPrompt.of(words),
     }
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--size", default="asked")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="option of the protocol")
     parser.add_argument("--timed", type=int, default=8)
+    parser.add_argument("--tokens", type=int, help="most of an answer; default: those of the protocol")
     parser.add_argument("--answers", type=Path, help="write every answer here, a line of JSON each")
     parser.add_argument("--directory", type=Path, help="keep memories on disk here, and open them again to ask")
     parser.add_argument("--seed", type=int, default=0)

@@ -261,7 +261,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
             "answer": None if made is None else made.text,
             "likelihood": None if made is None else made.likelihood,
             "needed": [{"source": passage.source, "text": passage.text} for passage in needed],
-            "read": read,  # type: ignore[dict-item]  # a list of tables of texts
+            "read": read,
             "score": None if choice is None else choice.score,
         }
 
