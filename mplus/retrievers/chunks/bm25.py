@@ -49,6 +49,7 @@ def bm25(
     b: float,
     background: Background | None = None,
     relative: bool = False,
+    pairs: float = 0.0,
 ) -> Tensor:
     """Return the score of every text, ``[c]`` float64 (Robertson and Zaragoza 2009, equation 3.15).
 
@@ -63,6 +64,9 @@ def bm25(
         b: how much long texts are held back, 0 to 1.
         background: further texts that count for how rare a word is.
         relative: as a share of the rarity of all words of the query together.
+        pairs: what two words that follow each other in the query count for where they do so in a text, above what each
+            counts by itself: so many times the rarity of the more frequent one (the ordered pairs of Metzler and Croft
+            2005). A full name then counts for more than its parts in two texts.
     """
     texts, asked = len(lengths), query.cpu().unique().to(words.dtype)
     if not len(asked) or not len(words):
@@ -79,4 +83,13 @@ def bm25(
     length = lengths / lengths.double().mean()
     shares = counts * (k1 + 1) / (counts + k1 * (1 - b + b * length)[:, None])
     scores = (rarity * shares.nan_to_num()).sum(1)  # with k1 of 0, a word that a text lacks is 0 of 0
+    if pairs:
+        order = torch.searchsorted(asked, query.cpu().to(asked.dtype))
+        follows = torch.zeros(len(asked), len(asked), dtype=torch.bool)
+        follows[order[:-1], order[1:]] = True
+        first, second = place[found][:-1], place[found][1:]
+        beside = (found.diff() == 1) & (text_of.diff() == 0) & follows[first, second]
+        cells = torch.stack([text_of[:-1], first, second])[:, beside].unique(dim=1)
+        both = torch.minimum(rarity[cells[1]], rarity[cells[2]])
+        scores.index_add_(0, cells[0], pairs * both)
     return scores / rarity.sum() if relative else scores

@@ -35,13 +35,14 @@ class HybridRetriever(ChunkRetriever):
         """Options of both.
 
         Attributes:
-            k1, b: of BM25, as of "words".
+            k1, b, pairs: of BM25, as of "words".
             layers: how many layers are compared, as of "hidden".
             path: the file of "trained", which then takes the place of "hidden"; its layers are those of the training.
         """
 
         k1: float = field(default=1.5, validator=number(0))
         b: float = field(default=0.75, validator=share)
+        pairs: float = field(default=1.0, validator=number(0))
         layers: int = field(default=3, validator=whole(1))
         path: str | None = None
 
@@ -52,7 +53,9 @@ class HybridRetriever(ChunkRetriever):
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)
-        self.words = WordRetriever(WordRetriever.Options(k1=self.options.k1, b=self.options.b))
+        self.words = WordRetriever(
+            WordRetriever.Options(k1=self.options.k1, b=self.options.b, pairs=self.options.pairs)
+        )
         self.hidden: HiddenRetriever | TrainedRetriever
         if self.options.path is None:
             self.hidden = HiddenRetriever(HiddenRetriever.Options(layers=self.options.layers))

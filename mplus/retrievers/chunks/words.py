@@ -73,10 +73,13 @@ class WordRetriever(ChunkRetriever):
         Attributes:
             k1: how soon further occurrences of a word stop to count.
             b: how much long chunks are held back, 0 to 1.
+            pairs: what two words that follow each other in question and chunk count for, beside what each does; 0: not
+                looked for. A full name so counts for more than its first and its last name in chunks about others.
         """
 
         k1: float = field(default=1.5, validator=number(0))
         b: float = field(default=0.75, validator=share)
+        pairs: float = field(default=1.0, validator=number(0))
 
     name = "words"
     near = 0.25
@@ -89,10 +92,10 @@ class WordRetriever(ChunkRetriever):
     def scores(self, query: Query, chunks: Chunks) -> Tensor:
         asked, known = query.ids.cpu(), self._known_of(chunks.tokenizer)
         if known is None:
-            return UNIT * self._bm25(chunks.lengths, chunks.ids, asked, None)
+            return UNIT * self._bm25(chunks.lengths, chunks.ids, asked, None, self.options.pairs)
         words, counts = known.words_of(chunks)
         asked, _ = known.folding.words(asked, torch.tensor([len(asked)]))
-        return UNIT * self._bm25(counts, words, asked, known.background)
+        return UNIT * self._bm25(counts, words, asked, known.background, self.options.pairs)
 
     def threshold(self, chunks: Chunks) -> float:
         known = self._known_of(chunks.tokenizer)
@@ -117,11 +120,17 @@ class WordRetriever(ChunkRetriever):
         passages, lengths = _words([one.passage for one in texts], folding, tokenizer)
         questions, asked = _words([one.question for one in texts], folding, tokenizer)
         background = Background.of(torch.cat([lengths, asked]), torch.cat([passages, questions]), WEIGHT)
-        scores = [self._bm25(lengths, passages, question, background) for question in questions.split(asked.tolist())]
+        # Without pairs: questions of statements have the words of their passages, which those of people may not.
+        scores = [
+            self._bm25(lengths, passages, question, background, pairs=0) for question in questions.split(asked.tolist())
+        ]
         return _Known(folding, background, UNIT * torch.stack(scores))
 
-    def _bm25(self, lengths: Tensor, words: Tensor, asked: Tensor, background: Background | None) -> Tensor:
-        return bm25(lengths, words, asked, self.options.k1, self.options.b, background, relative=True)
+    def _bm25(
+        self, lengths: Tensor, words: Tensor, asked: Tensor, background: Background | None, pairs: float
+    ) -> Tensor:
+        k1, b = self.options.k1, self.options.b
+        return bm25(lengths, words, asked, k1, b, background, relative=True, pairs=pairs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None}

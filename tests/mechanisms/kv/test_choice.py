@@ -65,6 +65,17 @@ def test_scores_are_those_of_bm25(k1: float, b: float) -> None:
         assert found.tolist() == pytest.approx(by_hand(chunks, set(query), k1, b))
 
 
+def test_words_that_follow_each_other_count_as_pairs() -> None:
+    chunks = [[7, 1, 2, 7], [2, 1, 7, 7], [1, 7, 2, 7], [7, 1], [2, 7, 7, 1], [1, 2, 1, 2]]
+    state, query = state_with(*chunks), [1, 2, 9]
+    alone = bm25(state.chunk_length, state.token_ids, torch.tensor(query), 1.5, 0.75)
+    found = bm25(state.chunk_length, state.token_ids, torch.tensor(query), 1.5, 0.75, pairs=3.0)
+    frequent = math.log(1 + (6 - 6 + 0.5) / (6 + 0.5))  # all chunks have 1, and five have 2
+    assert (found - alone).tolist() == pytest.approx(
+        [3 * frequent, 0, 0, 0, 0, 3 * frequent]
+    )  # not from one to the next
+
+
 @pytest.mark.parametrize(
     ("most", "scores", "wanted"),
     [
