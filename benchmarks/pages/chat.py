@@ -7,7 +7,6 @@ from typing import Any
 
 from benchmarks.pages.chunks import found_chunks
 from benchmarks.pages.markdown import measured_on, table
-from benchmarks.pages.readme import chat as quoted_demo
 from benchmarks.pages.trained_maps import trained_maps
 from benchmarks.records import ROOT, load, record_path
 from mplus.evaluation.reports.paired import outcomes, ratio
@@ -45,10 +44,6 @@ def render() -> str:
             parts.append(section(name, load("quality", f"chat-{name}")))
         if record_path("quality", f"chat-{name}-search").is_file():
             parts.append(search(name, load("quality", f"chat-{name}-search")))
-    if record_path("quality", "chat-harm").is_file():
-        parts.append(harm(load("quality", "chat-harm")))
-    if record_path("quality", "chat-demo-long").is_file():
-        parts.append(demo(load("quality", "chat-demo-long")))
     if record_path("quality", "chunk_retrieval").is_file():
         parts.append(found_chunks(load("quality", "chunk_retrieval")))
     if record_path("quality", "trained_retriever").is_file():
@@ -90,32 +85,6 @@ def search(name: str, record: Mapping[str, Any]) -> str:
     digests = "\n".join(f"- config of {label}: digest {facts['digest']}" for label, facts in record["memories"].items())
     where = measured_on(record, f"quality/chat-{name}-search", busy(record))
     return "\n\n".join([f"## {TITLES[name]}: searches", opening_, table(head, rows), digests, where])
-
-
-def harm(record: Mapping[str, Any]) -> str:
-    """Return the section of the record of ``mplus eval harm``."""
-    change = record["change_percent"]["unrelated"]
-    low, high = change["interval"]
-    text = (
-        f"Perplexity of {record['pieces']} pieces of WikiText-2 ({record['predicted_tokens']:,} tokens predicted) beside "
-        f"a memory of {record['unrelated_tokens_written']:,} tokens of a novel, over that without memory: "
-        f"{record['perplexity']['unrelated']:.3f} over {record['perplexity']['none']:.3f}, **{change['percent']:+.2f} %** "
-        f"(95 % interval {low:+.2f} to {high:+.2f}). For {record['pieces_without_chunks']} pieces no chunk passed the "
-        f"threshold; {record['of_these_identical']} of these were read bit for bit as without memory."
-    )
-    return "\n\n".join(["## Text that has nothing to do with the memory", text, measured_on(record, "quality/chat-harm")])
-
-
-def demo(record: Mapping[str, Any]) -> str:
-    """Return the section of the record of ``mplus demo --long``."""
-    where = f"Load average {record['load_average'][0]} before and {record['load_average'][1]} after. Every number: "
-    return "\n\n".join(
-        [
-            "## mplus demo --long",
-            quoted_demo(record).strip(),
-            f"{where}`benchmarks/quality/records/chat-demo-long.json`.",
-        ]
-    )
 
 
 def opening(report: Report) -> str:
