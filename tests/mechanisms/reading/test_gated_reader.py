@@ -43,7 +43,7 @@ def installed() -> Iterator[None]:
 @functools.cache
 def wrapped(dtype: torch.dtype = torch.float32, rank: int | None = None) -> Any:
     sizes = {"chunk_tokens": CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": CHUNK}
-    chosen = {"mechanism": {"name": "gated", "min_score": 0, "rerank": 0}, "retriever": "words"}
+    chosen = {"mechanism": {"name": "gated", "min_score": 0, "rerank": 0}, "retriever": {"name": "words", "pairs": 0.0}}
     model = mplus.wrap(load_decoder().to(dtype), {**chosen, "adapters": rank and {"rank": rank}, **sizes})
     model.mplus_engine.mechanism.chunk_retriever.near = 0.0  # the newer goes before its equals only
     with torch.no_grad():
