@@ -28,7 +28,7 @@ from mplus.config import JsonValue
 from mplus.environment import run_info
 from mplus.evaluation.abstention import auroc
 from mplus.evaluation.tasks.notes import Notes
-from mplus.evaluation.tasks.people import Split
+from mplus.evaluation.tasks.people.splits import Split
 from mplus.evaluation.texts import Texts
 from mplus.hf.pretrained.smollm2 import smollm2_folder
 from mplus.mechanisms.kv.asked import Asked

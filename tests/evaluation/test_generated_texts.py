@@ -12,7 +12,7 @@ import pytest
 from mplus.errors import ConfigError, InputError
 from mplus.evaluation.tasks import protocol
 from mplus.evaluation.tasks.generated_conversations import ConversationGenerator
-from mplus.evaluation.tasks.people import ATTRIBUTES, FIRST, LAST, draw_names, fill, half, people_of
+from mplus.evaluation.tasks.people.splits import ATTRIBUTES, FIRST, LAST, SPLITS, draw_names, fill, half, people_of
 from mplus.evaluation.texts import Texts
 from tests.evaluation import data
 from tests.evaluation.data import WordTokenizer
@@ -43,8 +43,11 @@ def test_the_halves_share_nothing_and_every_sentence_is_whole():
         assert not set(one.values) & set(other.values)
 
 
-def test_what_is_unseen_shares_nothing_with_the_halves():
-    unseen, seen = people_of("unseen"), [people_of("choose"), people_of("test")]
+@pytest.mark.parametrize("split", ["unseen", "fresh"])
+def test_a_last_word_shares_nothing_with_the_splits_before_it(split):
+    unseen, seen = people_of(split), [people_of(before) for before in SPLITS[: SPLITS.index(split)]]
+    for items in (unseen.first, unseen.last):
+        assert len(set(items)) == len(items) == 32
     for people in seen:
         assert not {*unseen.first, *unseen.last} & {*people.first, *people.last}
     for kind in unseen.attributes:
@@ -66,7 +69,7 @@ def test_names_are_different_and_of_their_half():
         draw_names(2000, "test", random.Random(0))
 
 
-@pytest.mark.parametrize("split", ["choose", "test", "unseen"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_notes_hold_the_answers_of_their_questions_and_the_newest_holds(split):
     made = make("notes", notes=60, changed=0.5, questions=30, untold=4, episodes=2, split=split)
     for episode in made.episodes():

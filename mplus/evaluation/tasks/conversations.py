@@ -22,7 +22,7 @@ from mplus.evaluation.tasks.generated_conversations import (
     Sample,
     Turn,
 )
-from mplus.evaluation.tasks.people import Half
+from mplus.evaluation.tasks.people.splits import Half
 from mplus.evaluation.texts import read
 
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", ADVERSARIAL: "never said"}

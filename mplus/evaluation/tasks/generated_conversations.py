@@ -13,7 +13,7 @@ from typing import NotRequired, TypedDict
 
 from attrs import define, field
 
-from mplus.evaluation.tasks.people import ATTRIBUTES, Half, draw_names, fill, half
+from mplus.evaluation.tasks.people.splits import ATTRIBUTES, Half, draw_names, fill, half
 
 SINGLE, TEMPORAL, MULTI, ADVERSARIAL = 4, 2, 1, 5
 """Categories of questions, as LoCoMo numbers them; 3, what needs knowledge of the world, is not generated."""

@@ -14,7 +14,7 @@ from mplus.config import JsonValue, flag, is_number, must_be, one_of, whole
 from mplus.evaluation.tasks.base import Episode, FileOptions, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
 from mplus.evaluation.tasks.novels import haystack, novel_paragraphs
-from mplus.evaluation.tasks.people import SPLITS, Split, draw_names, fill, people_of
+from mplus.evaluation.tasks.people.splits import SPLITS, Split, draw_names, fill, people_of
 
 CELL = "{} tokens at depth {}"
 """Category of a needle in a haystack of so many tokens, at a depth from 0 to 1."""

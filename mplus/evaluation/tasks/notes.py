@@ -11,11 +11,11 @@ from attrs.converters import optional
 
 from mplus.config import JsonValue, number, one_of, whole
 from mplus.errors import InputError
-from mplus.evaluation.tasks.attributes import Attribute
 from mplus.evaluation.tasks.base import Episode, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
 from mplus.evaluation.tasks.novels import haystack, novel_paragraphs
-from mplus.evaluation.tasks.people import SPLITS, Split, draw_names, fill, people_of
+from mplus.evaluation.tasks.people.attributes import Attribute
+from mplus.evaluation.tasks.people.splits import SPLITS, Split, draw_names, fill, people_of
 
 
 @define(frozen=True)
@@ -49,7 +49,7 @@ class Notes(Protocol):
             changed: share of the facts that change later, by a note of their own.
             questions: of each episode; at most one for a fact.
             split: names, values and sentences for choosing settings ("choose"), for what is reported ("test"), or such
-                as nothing was tried on ("unseen").
+                as nothing was tried on before ("unseen"; "fresh", made later).
             prompt: how it is asked; ``{question}`` stands for the question.
         """
 

@@ -9,8 +9,8 @@ import torch
 
 from mplus.config import structure
 from mplus.errors import ConfigError, InputError
-from mplus.evaluation.tasks import people as people_asked
-from mplus.evaluation.tasks.people import half
+from mplus.evaluation.tasks.people import splits as people_asked
+from mplus.evaluation.tasks.people.splits import half
 from mplus.facts.notes import FIRST, LAST, RELATIONS, part, sentences
 from mplus.hf.pretrained.shipped import load_tokenizer
 from mplus.training.batch import IGNORE_INDEX, NO_SOURCE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mplus.evaluation.tasks.attributes import Attribute, words
+from mplus.evaluation.tasks.people.attributes import Attribute, words
 
 FIRST = words("""
 Agnes Boris Carmen Darius Edith Farid Gemma Hector Isolde Jasper Katya Lorenz Maeve Nikolai Odette Percy Quentin

@@ -1,8 +1,8 @@
 """Invented people: names, what can be true of them, and the sentences that say so, ask for it and say that it changed.
 
 Everything comes in splits that share no first name, no last name, no value and no sentence: "choose", for whoever looks
-for good settings; "test", for what is reported; and "unseen", with other things that are true of people besides, for a
-last word when settings were tried on "test" too.
+for good settings; "test", for what is reported; and "unseen" and "fresh", with other things that are true of people
+besides, each for a last word when settings had been tried on the splits before it.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Literal, TypeVar
 
 from attrs import define, evolve
 
-from mplus.evaluation.tasks import unseen_people
-from mplus.evaluation.tasks.attributes import Attribute, words
+from mplus.evaluation.tasks.people import fresh, unseen
+from mplus.evaluation.tasks.people.attributes import Attribute, words
 
 Half = Literal["choose", "test"]
-Split = Literal["choose", "test", "unseen"]
-SPLITS: tuple[Split, ...] = ("choose", "test", "unseen")
+Split = Literal["choose", "test", "unseen", "fresh"]
+SPLITS: tuple[Split, ...] = ("choose", "test", "unseen", "fresh")
 Item = TypeVar("Item")
 
-FIRST = """
+FIRST = words("""
 Maria Tom Ingrid Pedro Aiko Liam Fatima Viktor Chloe Samuel Nadia Henrik Rosa Omar Greta Felix Leila Bruno Hana Oscar
 Priya Mateo Zara Ivan Lucia Karim Elsa Hugo Amara Dylan Celia Anton Yuki Rafael Mina Gustav Ines Tariq Olga Benjamin
 Freya Marco Salma Edwin Noemi Pavel Dalia Simon Astrid Jonas Wanda Kofi Irene Matthias Selma Ruben Teresa Arjun Beatrix
 Leon Camila Nils Ayesha Walter
-""".split()
-LAST = """
+""")
+LAST = words("""
 Keller Hardwick Solberg Alvarez Tanaka Conner Noor Petrov Martin Osei Haddad Larsen Bianchi Novak Fischer Okafor Duarte
 Lindgren Kowalski Mehta Sato Moreau Costa Walsh Ibarra Jensen Popescu Rahman Vogel Adeyemi Brandt Castellano Dupont
 Eriksen Farrow Gallagher Holm Ivanova Jaramillo Kimura Laurent Mancini Nyberg Orlov Pereira Quiroga Rossi Sandoval
 Thorne Ueda Varga Winther Yilmaz Zeller Ashford Boateng Cardoso Demir Engel Fonseca Grimaldi Horvat Ismail Jokinen
-""".split()
+""")
 
 
 ATTRIBUTES: dict[str, Attribute] = {
@@ -213,8 +213,9 @@ class People:
 def people_of(split: Split) -> People:
     """Return the people of a split."""
     if split == "unseen":
-        own = unseen_people
-        return People(own.FIRST, own.LAST, list(own.ATTRIBUTES.values()))
+        return People(unseen.FIRST, unseen.LAST, list(unseen.ATTRIBUTES.values()))
+    if split == "fresh":
+        return People(fresh.FIRST, fresh.LAST, list(fresh.ATTRIBUTES.values()))
     fields = ("values", "told", "changed", "said", "asked")
     halves = [{name: tuple(half(getattr(kind, name), split)) for name in fields} for kind in ATTRIBUTES.values()]
     attributes = [evolve(kind, **own) for kind, own in zip(ATTRIBUTES.values(), halves, strict=True)]
