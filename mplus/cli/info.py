@@ -85,12 +85,14 @@ def gather() -> Facts:
     from mplus.cli.plugins import registries
 
     found = devices()
+    versions: dict[str, str | None] = {"mplus": mplus.__version__, "python": platform.python_version()}
+    for package in PACKAGES + OPTIONAL:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
     return {
-        "versions": {
-            "mplus": mplus.__version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES + OPTIONAL},
-        },
+        "versions": versions,
         "devices": found,
         "implementations": {registry.kind: registry.names() for registry in registries()},
         "backends": [entry for device in found for entry in backends_on(device["name"])],
@@ -163,10 +165,3 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     except Exception as error:  # noqa: BLE001 - a backend may fail in any way; that is what is asked
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from attrs import define
 
 from mplus.config import MPlusConfig, byte_count
 from mplus.errors import ConfigError
-from mplus.memory.state import StreamState
 from mplus.stores.base import MemoryStore, StoreLayout
 
 
@@ -91,9 +89,3 @@ def _rows_within(room: int, store: MemoryStore, mechanism: SizedMechanism) -> in
         middle = (fits + too_many) // 2
         fits, too_many = (middle, too_many) if taken(middle) <= room else (fits, middle)
     return fits
-
-
-def rows_bytes(states: Sequence[StreamState], stores: Sequence[MemoryStore]) -> int:
-    """Return the bytes of the rows a memory holds, which a budget limits, without what stores reserve for more."""
-    stored = sum(store.count(layer) * store.bytes_per_row for store in stores for layer in range(store.layout.layers))
-    return sum(state.nbytes for state in states) + stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from attrs import define
@@ -67,17 +68,13 @@ class ServingError(MPlusError, RuntimeError):
         self.message = message
         self.facts = ErrorFacts(status, kind, code, param, retry_after)
 
-    def __reduce__(self) -> tuple[Callable[[str, ErrorFacts], ServingError], tuple[str, ErrorFacts]]:
+    def __reduce__(self) -> tuple[Callable[[str, int, Kind], ServingError], tuple[str, int, Kind]]:
         # Errors travel between processes, and exceptions are pickled by their positional arguments alone.
-        return _again, (self.message, self.facts)
+        facts = self.facts
+        again = partial(ServingError, code=facts.code, param=facts.param, retry_after=facts.retry_after)
+        return again, (self.message, facts.status, facts.kind)
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """Return the JSON object of the answer, in the form of OpenAI's errors."""
         facts = self.facts
         return {"error": {"message": self.message, "type": facts.kind, "param": facts.param, "code": facts.code}}
-
-
-def _again(message: str, facts: ErrorFacts) -> ServingError:
-    return ServingError(
-        message, facts.status, facts.kind, code=facts.code, param=facts.param, retry_after=facts.retry_after
-    )

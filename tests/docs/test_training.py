@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from mplus.training.objectives import OBJECTIVES
-from mplus.training.recipe.files import shipped_recipes
 from tests.helpers.pages import DOCS, run_page
+from tests.training.recipes import SHIPPED
 
 PAGE = DOCS / "training.md"
 
@@ -28,4 +28,4 @@ def rows(heading: str) -> set[str]:
 
 def test_the_tables_have_every_objective_and_recipe():
     assert rows("Stages") == set(OBJECTIVES.names()) - {"revisit"}, "revisit is a table of its own"
-    assert rows("Recipes that come with mplus") == set(shipped_recipes())
+    assert rows("Recipes that come with mplus") == set(SHIPPED)

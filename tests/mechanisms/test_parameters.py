@@ -14,7 +14,6 @@ from mplus.errors import ConfigError, MechanismError, MemoryMismatchError
 from mplus.hf.decoders.train_model import choose_trained
 from mplus.hf.pretrained.shipped import load_decoder
 from mplus.mechanisms import MECHANISMS, StoreLayout
-from mplus.memory.budget import rows_bytes
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from mplus.memory.writing.update import Update
@@ -22,6 +21,7 @@ from mplus.testing.mechanisms import MechanismConformance
 from mplus.training.decoder import make_streams
 from tests.mechanisms.layer_bank import LayerBankMechanism
 from tests.mechanisms.soft_prompt import SoftPromptMechanism
+from tests.memory.tiny import rows_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -164,7 +164,7 @@ def test_a_budget_counts_its_rows(model: Any) -> None:
     for turn in range(memory.text_capacity // CHUNK + 3):
         memory.write(ids(CHUNK, turn))
     assert memory.stores[0].count(0) <= memory.capacity
-    assert rows_bytes(memory.states, memory.stores) <= 64 * 1024
+    assert rows_bytes(memory) <= 64 * 1024
     assert f"{memory.text_capacity} text tokens" in repr(memory)
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 import mplus
 from mplus.config import byte_count
 from mplus.errors import ConfigError
-from mplus.memory.budget import rows_bytes
 from mplus.memory.format.manifest import read_manifest
 from mplus.stores import STORES
 from mplus.stores.ram import RamStore
 from tests.memory import tiny
 from tests.memory.counting import LAYERS, CountedModel, counting_memory
+from tests.memory.tiny import rows_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,7 +73,7 @@ def test_the_capacity_is_what_short_term_memory_leaves() -> None:
     assert "at most 11 LTM (44 text tokens)" in repr(memory)
     memory.write([7] * 200)
     assert [memory.stores[0].count(layer) for layer in range(LAYERS)] == [11] * LAYERS
-    assert rows_bytes(memory.states, memory.stores) == FIXED - TAIL + 11 * STORED * LAYERS
+    assert rows_bytes(memory) == FIXED - TAIL + 11 * STORED * LAYERS
     two = counting_memory(2, **config_of(2 * (FIXED + room(100) * LAYERS)))
     assert two.capacity == 100
     assert counting_memory(2, **config_of(2 * (FIXED + room(100) * LAYERS) - 1)).capacity == 99
@@ -130,7 +130,7 @@ def test_a_memory_never_takes_more_than_the_budget(
     memory = counting_memory(2, **config_of(budget, **changes))
     for number, (one, other) in enumerate(writes):
         memory.write([[7] * one, [7] * other if other else None], source=f"{number % 2}")
-        assert rows_bytes(memory.states, memory.stores) <= memory.nbytes <= budget
+        assert rows_bytes(memory) <= memory.nbytes <= budget
         if forget and number == 3:
             memory.forget("1")
             assert memory.nbytes <= budget
@@ -159,7 +159,7 @@ def test_at_capacity_the_room_reserved_is_inside_the_budget(store: str, eviction
         memory.write([7] * 160)
         assert memory.nbytes <= budget
     assert memory.stores[0].count(0) == capacity
-    assert rows_bytes(memory.states, memory.stores) > 0.8 * budget, "most of it is rows"
+    assert rows_bytes(memory) > 0.8 * budget, "most of it is rows"
 
 
 def test_a_loaded_memory_keeps_to_another_budget_at_once(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_projected_rows_have_hidden_states_kept_beside_them() -> None:
     memory = model.new_memory(bytes_budget=budget)
     memory.write(tiny.ids(16 * 30))
     layout = memory.stores[0].layout
-    taken = rows_bytes(memory.states, memory.stores)
+    taken = rows_bytes(memory)
     assert memory.stores[0].count(0) == memory.capacity
     rows = memory.stores[0].count(0)
     assert taken + 3 * (rows // 8) * (layout.row_bytes + 8) <= budget
@@ -201,7 +201,7 @@ def test_a_store_says_what_its_rows_take() -> None:
     memory = counting_memory(**config_of(FIXED + (10 + 2) * codes * LAYERS, store="quantized"))
     assert memory.capacity == 10
     memory.write([7] * 200)
-    assert rows_bytes(memory.states, memory.stores) == FIXED - TAIL + 10 * codes * LAYERS
+    assert rows_bytes(memory) == FIXED - TAIL + 10 * codes * LAYERS
 
 
 def test_a_budget_is_saved_and_can_be_another_when_loaded(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_budget_is_saved_and_can_be_another_when_loaded(tmp_path: Path) -> Non
     assert memory.capacity is not None
     assert other.capacity < memory.capacity
     other.write(tiny.ids(16))
-    assert rows_bytes(other.states, other.stores) <= 40_000
+    assert rows_bytes(other) <= 40_000
     wide = again.to(dtype=torch.float64)
     assert wide.capacity is not None
     assert wide.capacity < memory.capacity, "wider rows take more of the same budget"

@@ -153,3 +153,9 @@ def written(name: str, lengths: Sequence[int], seed: int = 0) -> Memory:
         rows = [ids(length // (part + 1), seed + 10 * part + row) for row, length in enumerate(lengths)]
         memory.write(rows, source=source)
     return memory
+
+
+def rows_bytes(memory: Memory) -> int:
+    """Bytes of the rows that a memory holds, which a budget limits, without what stores reserve for more."""
+    stored = sum(store.count(at) * store.bytes_per_row for store in memory.stores for at in range(store.layout.layers))
+    return sum(state.nbytes for state in memory.states) + stored

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from mplus.training.recipe import FOLDER
 from mplus.training.recipe.files import apply_settings
+
+SHIPPED = sorted(path.stem for path in FOLDER.glob("*.toml"))
+"""Names of the recipes that come with the package."""
 
 FACTS = {"kind": "recall", "language": {"relations": 2, "firsts": 8, "lasts": 8}, "chunk_tokens": 12}
 

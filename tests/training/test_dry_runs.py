@@ -7,8 +7,9 @@ import math
 import pytest
 
 from mplus.training import train
-from mplus.training.recipe.files import read_recipe, shipped_recipes
+from mplus.training.recipe.files import read_recipe
 from mplus.training.setup import make_model
+from tests.training.recipes import SHIPPED
 
 PUBLISHED = ("llama3-8b-stage1", "llama3-8b-stage2", "llama3-8b-stage3")
 
@@ -18,7 +19,7 @@ PUBLISHED = ("llama3-8b-stage1", "llama3-8b-stage2", "llama3-8b-stage3")
     # Stage 3 does all that stages 1 and 2 do, and recall-tiny all that recall-long does.
     [
         pytest.param(name, marks=pytest.mark.nightly if name in {*PUBLISHED[:2], "recall-long"} else ())
-        for name in shipped_recipes()
+        for name in SHIPPED
     ],
 )
 def test_a_dry_run_does_every_stage(name):

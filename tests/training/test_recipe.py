@@ -9,8 +9,8 @@ import pytest
 
 from mplus.errors import ConfigError, UnknownNameError
 from mplus.training.recipe import FOLDER
-from mplus.training.recipe.files import differences, find_recipe, parse_recipe, read_recipe, shipped_recipes
-from tests.training.recipes import recipe
+from mplus.training.recipe.files import differences, find_recipe, parse_recipe, read_recipe
+from tests.training.recipes import SHIPPED, recipe
 
 
 def test_plain_data_reads_back_as_the_same_recipe():
@@ -196,7 +196,7 @@ def test_files(tmp_path):
         read_recipe(path)
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_are_sound(name):
     text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
     assert tomllib.loads(text)["name"] == name

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 import typer
 
 from mplus.cli.get import need_smollm2
 from mplus.cli.output import print_json
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def train_retriever(
@@ -106,12 +103,8 @@ def _show(report: dict[str, Any], out: Path) -> None:
             shown = "" if over is None else f"{over['value']:+.3f} [{over['low']:+.3f}, {over['high']:+.3f}]"
             table.add_row(name, f"{found['recall_at_1']:.3f}", f"{found['recall_at_4']:.3f}", shown)
     console.print(table)
-    _verdict(recall, console)
-    console.print(f"wrote {out / 'maps.safetensors'}")
-
-
-def _verdict(recall: dict[str, Any], console: Console) -> None:
     over = recall["hybrid with trained"]["over_hybrid_at_1"]
     better, worse = over["low"] > 0, over["high"] < 0
     what = "finds more than" if better else "finds less than" if worse else "cannot be told from"
     console.print(f"hybrid with these maps {what} hybrid without them")
+    console.print(f"wrote {out / 'maps.safetensors'}")

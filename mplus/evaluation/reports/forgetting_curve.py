@@ -73,11 +73,6 @@ def any_row(age: int, new_rows: int, short_term: int, carriers: int | None = Non
     return float(1 - (1 - one_row(age, new_rows, short_term)) ** carriers)
 
 
-def with_chance(known: float, chance: float, ceiling: float = 1.0) -> float:
-    """Return the accuracy where a fact is known with probability ``known``: then ``ceiling``, else ``chance``."""
-    return chance + known * (ceiling - chance)
-
-
 def curves(
     ages: Iterable[int], new_rows: int, short_term: int, chance: float = 0.0, ceiling: float = 1.0
 ) -> tuple[Curve, ...]:
@@ -93,7 +88,8 @@ def curves(
         Curve(
             name=name,
             formula=formula + guess,
-            accuracy_by_age={age: with_chance(law(age, new_rows, short_term), chance, ceiling) for age in ages},
+            # A law gives the probability that a fact is known; where it is not, an answer is a guess.
+            accuracy_by_age={age: chance + law(age, new_rows, short_term) * (ceiling - chance) for age in ages},
         )
         for name, law, formula in laws
     )

@@ -23,7 +23,7 @@ from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_
 from mplus.memory.format.save import ManifestHeader, replace, store_numbers
 from mplus.memory.format.tensors import TensorReader, Tensors
 from mplus.memory.report import ForgetReport, SourceInfo
-from mplus.memory.sources.expiry import forget_due, mark_pinned
+from mplus.memory.sources.expiry import due_sources, mark_pinned
 from mplus.memory.sources.forget import forget, unshare
 from mplus.memory.sources.listing import Held, listed, sources_of
 from mplus.memory.sources.table import SourceTable
@@ -112,7 +112,13 @@ def forget_saved(
 
 def expire_saved(path: str | Path, now: float) -> list[ForgetReport]:
     """Forget what has expired by ``now`` (in seconds since 1970, UTC), as ``Memory.expire``. Raises MemoryFileError."""
-    return _changed(Path(path), lambda states, stores: forget_due(states, stores, now))
+
+    def change(states: list[StreamState], stores: list[MemoryStore]) -> list[ForgetReport]:
+        due = due_sources(states, now)
+        unshare(stores, sorted({row for rows in due.values() for row in rows}))
+        return [forget(states, stores, rows, name) for name, rows in due.items()]
+
+    return _changed(Path(path), change)
 
 
 def pin_saved(path: str | Path, source: str | None, row: int | None = None, *, pinned: bool) -> None:

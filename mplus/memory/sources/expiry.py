@@ -12,11 +12,11 @@ from mplus.errors import MemoryFullError, NotSupported
 from mplus.memory.draft import adopt_draft, draft_of
 from mplus.memory.report import ForgetReport
 from mplus.memory.sources.clock import expiry_of, read_clock
-from mplus.memory.sources.forget import check_known, drop_source, forget, unshare
+from mplus.memory.sources.forget import check_known, drop_source
 from mplus.memory.sources.source import SourceMarks
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import Streams
-from mplus.stores.base import MemoryStore, StoreView
+from mplus.stores.base import StoreView
 
 
 def expire(streams: Streams, now: float | None = None) -> list[ForgetReport]:
@@ -36,7 +36,7 @@ def expire(streams: Streams, now: float | None = None) -> list[ForgetReport]:
         return []
     now = read_clock(streams.clock) if now is None else now
     with streams.write_lock:
-        rows = _due(streams.states, now)
+        rows = due_sources(streams.states, now)
         if not rows:
             return []
         streams.check_writable()
@@ -52,14 +52,7 @@ def facts_of(streams: Streams, expires: datetime | timedelta | None) -> SourceMa
     return {} if expires is None else {"expires": expiry_of(expires, streams.clock)}
 
 
-def forget_due(states: list[StreamState], stores: list[MemoryStore], now: float) -> list[ForgetReport]:
-    """Remove what has expired by ``now`` from states and stores, in place in the lists; no decoder is needed."""
-    due = _due(states, now)
-    unshare(stores, sorted({row for rows in due.values() for row in rows}))
-    return [forget(states, stores, rows, name) for name, rows in due.items()]
-
-
-def _due(states: Sequence[StreamState], now: float) -> dict[str | None, list[int]]:
+def due_sources(states: Sequence[StreamState], now: float) -> dict[str | None, list[int]]:
     """Return the names of the sources that expire up to ``now``, and in which batch rows."""
     rows: dict[str | None, list[int]] = {}
     for row, state in enumerate(states):

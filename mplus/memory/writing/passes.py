@@ -43,7 +43,10 @@ def write_all(writes: Sequence[StreamWrite], advance: Callable[[int], None]) -> 
         for step in range(max((len(write.chunks) for write in writes), default=0)):
             present = [write for write in writes if step < len(write.chunks) and id(write.streams) not in failed]
             chunks = [write.chunks[step] for write in present]
-            turns = {id(write.streams): _next_turn(write.streams.states) for write in present}
+            turns: dict[int, int] = {}  # see ``mplus.memory.texts.Text``: one for all streams of a memory
+            for write in present:
+                earlier = [state.texts.last_turn for state in write.streams.states if state.texts is not None]
+                turns[id(write.streams)] = 1 + max(earlier, default=-1)
             unwritten: dict[int, ChunkChange] = {}
             for group in alike(chunks, [write.streams.states[write.row] for write in present]):
                 for short in (False, True):
@@ -79,11 +82,6 @@ def _without_room(writes: Sequence[StreamWrite]) -> dict[int, Exception]:
         except MemoryFullError as error:
             failed[key] = error
     return failed
-
-
-def _next_turn(states: Sequence[StreamState]) -> int:
-    """Return the turn (see ``mplus.memory.texts.Text``) of chunks that are written now to streams of one memory."""
-    return 1 + max((state.texts.last_turn for state in states if state.texts is not None), default=-1)
 
 
 def _read_pass(writes: Sequence[StreamWrite], ids: Tensor, step: int) -> tuple[list[ReadChunk], dict[int, Exception]]:

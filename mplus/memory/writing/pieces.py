@@ -87,7 +87,10 @@ def _writes(empty: StreamWrite, texts: Iterator[Tensor]) -> Iterator[StreamWrite
     if 1 < shortest <= len(waiting):
         yield tail_write(empty.streams, empty.row, empty.name, empty.report)
         waiting = waiting[:0]
-    cutter = cutter_of(engine, empty.tokenizer)
+    config = engine.config
+    # Whether the mechanism cuts texts itself shows in any ids; what arrives bit by bit has to be cut as it would.
+    own = engine.mechanism.chunks(torch.zeros(1, dtype=torch.int64), empty.tokenizer) is not None
+    cutter = OwnCutter(engine, empty.tokenizer) if own else Cutter(config.chunk_tokens, config.min_chunk_tokens)
     for ids in chain([torch.cat([waiting, beginning])], texts):
         if chunks := cutter.cut(ids):
             yield evolve(empty, chunks=chunks, rest=ids[:0])
@@ -137,14 +140,6 @@ def tokenised(pieces: Iterable[str | Ids], tokenizer: Tokenizer | None, vocab_si
             for ids in texts:
                 check_vocabulary(ids, vocab_size)
                 yield ids
-
-
-def cutter_of(engine: Engine, tokenizer: Tokenizer | None) -> Cutter | OwnCutter:
-    """Return what cuts a text that arrives bit by bit as the mechanism would cut all of it."""
-    config, probe = engine.config, torch.zeros(1, dtype=torch.int64)
-    if not engine.writes_text and engine.mechanism.chunks(probe, tokenizer) is not None:
-        return OwnCutter(engine, tokenizer)
-    return Cutter(config.chunk_tokens, config.min_chunk_tokens)
 
 
 @define(eq=False)

@@ -81,7 +81,9 @@ class StopStrings:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        size = max(_begun(text, stop) for stop in self.stops)
+        # The longest end of the text with which a stop string begins: no more than all of the text, less than the stop.
+        begun = (stop[:size] for stop in self.stops for size in range(1, min(len(stop), len(text) + 1)))
+        size = max((len(begin) for begin in begun if text.endswith(begin)), default=0)
         self._held = text[len(text) - size :]
         return text[: len(text) - size]
 
@@ -89,8 +91,3 @@ class StopStrings:
         """Return what was held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
-
-
-def _begun(text: str, stop: str) -> int:
-    """Return the length of the longest beginning of ``stop``, not all of it, that ``text`` ends with."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.training.batch import NO_SOURCE
 from mplus.training.data.counter_rng import CounterRNG
-from mplus.training.data.sampler import Bucket, DocumentSampler, bucket_of, choose
+from mplus.training.data.sampler import Bucket, DocumentSampler, choose
 from mplus.training.data.splitter import SplitRules, split_document
 from mplus.training.data.tokens import TokenCache
 
@@ -238,7 +238,8 @@ class DocumentIterator:
         while True:
             place, (_, ids) = self.next, self._look(self.next)
             self.next += 1
-            length, found = len(ids), bucket_of(self.bins, len(ids))
+            length = len(ids)
+            found = next((number for number, item in enumerate(self.bins) if item.holds(length)), None)
             if length < self.shortest:
                 self.skipped["too_short" if length else "empty"] += 1
             elif self.bins and found is None:

@@ -173,8 +173,3 @@ def choose(bins: Sequence[Bucket], draws: CounterRNG) -> int:
         if mark < 0:
             return place
     return len(bins) - 1  # rounding can leave a little of the mark
-
-
-def bucket_of(bins: Sequence[Bucket], tokens: int) -> int | None:
-    """Return the index of the bucket of a document of ``tokens`` tokens; None: it belongs to none."""
-    return next((place for place, item in enumerate(bins) if item.holds(tokens)), None)

@@ -16,7 +16,7 @@ from mplus.config import ADAPTERS, AdapterConfig, JsonValue, MPlusConfig, struct
 from mplus.errors import ConfigError, UnknownNameError
 from mplus.training.data.options import as_texts
 from mplus.training.objectives.losses import RetrieverLoss
-from mplus.training.recipe import FOLDER, RECIPES
+from mplus.training.recipe import RECIPES
 from mplus.training.recipe.checks import check
 from mplus.training.recipe.recipe import Entry, Recipe, Revisit, Stage, Until, Validation
 from mplus.training.recipe.tables import Checkpoints, DataSet, Metrics, ModelTable, Optimizer, as_table, error_prefix
@@ -42,11 +42,6 @@ class _DryRun:
 
     set: dict[str, JsonValue] = field(factory=dict)
     remove: tuple[str, ...] = field(default=(), converter=as_texts)
-
-
-def shipped_recipes() -> list[str]:
-    """Return the names of the recipes that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def find_recipe(name: str | Path) -> Path:

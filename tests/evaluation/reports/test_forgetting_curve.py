@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mplus.errors import InputError
-from mplus.evaluation.reports.forgetting_curve import any_row, curves, one_row, with_chance
+from mplus.evaluation.reports.forgetting_curve import any_row, curves, one_row
 
 
 def test_by_hand():
@@ -16,7 +16,6 @@ def test_by_hand():
     assert [round(any_row(age, 4, 32), 2) for age in (1, 4, 8, 12, 16, 24)] == [1.0, 0.97, 0.81, 0.59, 0.4, 0.15]
     assert any_row(8, 4, 32, carriers=1) == one_row(8, 4, 32)
     assert any_row(3, 5, 5) == 0
-    assert with_chance(0.5, 0.25) == 0.625
 
 
 def test_the_law_of_one_row_is_that_of_a_simulated_memory():
@@ -35,8 +34,10 @@ def test_the_law_of_one_row_is_that_of_a_simulated_memory():
 
 def test_curves_say_their_formula():
     best, worst = curves([0, 8], 4, 32, chance=1 / 32)
-    assert best.accuracy_by_age == {0: 1.0, 8: with_chance(any_row(8, 4, 32), 1 / 32)}
-    assert worst.accuracy_by_age[8] == with_chance(one_row(8, 4, 32), 1 / 32)
+    assert best.accuracy_by_age == {0: 1.0, 8: pytest.approx(1 / 32 + any_row(8, 4, 32) * 31 / 32)}
+    assert worst.accuracy_by_age[8] == pytest.approx(1 / 32 + one_row(8, 4, 32) * 31 / 32)
+    known = curves([0, 2], 4, 32, chance=0.25, ceiling=0.75)[1].accuracy_by_age
+    assert known == {0: 0.75, 2: pytest.approx(0.25 + 0.875**2 * 0.5)}
     assert best.formula == "1-(1-(1-4/32)^n)^4 + chance 0.0312"
     assert worst.formula == "(1-4/32)^n + chance 0.0312"
     assert curves([1], 4, 32)[1].formula == "(1-4/32)^n"

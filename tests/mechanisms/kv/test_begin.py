@@ -218,12 +218,12 @@ def test_a_begin_that_makes_no_sense_is_refused(shared: Any, change: dict[str, A
 
 
 def test_a_budget_holds_the_begin_too(shared: Any) -> None:
-    from mplus.memory.budget import rows_bytes
+    from tests.memory.tiny import rows_bytes
 
     memory = shared.new_memory(tokenizer=tokenizer(), bytes_budget=40_000)
     for turn in range(12):
         memory.write(text(8, turn), f"s{turn}")
-        assert rows_bytes(memory.states, memory.stores) <= 40_000
+        assert rows_bytes(memory) <= 40_000
     assert len(state_of(memory).chunk_length) > 3
     small = shared.new_memory(tokenizer=tokenizer(), bytes_budget=12_000)
     with pytest.raises(

@@ -10,13 +10,13 @@ import torch
 import mplus
 from benchmarks.quality.architectures.decoders import BOS
 from mplus.errors import ConfigError, InputError, MemoryFileError, MemoryMismatchError
-from mplus.memory.budget import rows_bytes
 from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from tests.mechanisms.kv.memories import CAPACITY, RETRIEVED, logits, text, wrapped
 from tests.memory import tiny
 from tests.memory.disks import forging
+from tests.memory.tiny import rows_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -190,7 +190,7 @@ def test_a_budget_holds_rows_and_table(model: Any) -> None:
     most = 0
     for turn in range(24):
         memory.write([text(1 + turn % 8, turn), text(8, turn)], f"s{turn}")
-        most = max(most, rows_bytes(memory.states, memory.stores))
+        most = max(most, rows_bytes(memory))
     assert 0.6 * budget <= most <= budget  # a chunk leaves whole, a third of what fits here
     with pytest.raises(ConfigError, match="bytes_budget must be at least"):
         model.new_memory(bytes_budget=2_000)

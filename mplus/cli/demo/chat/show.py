@@ -33,7 +33,11 @@ def show_chat_demo(found: ChatDemo, console: Console | None = None) -> None:
     _remarks(found, console)
     console.print(_picture(found))
     console.print("[bold]With memory[/]")
-    console.print(_answers(found.arms[0].said))
+    answers = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
+    for one in found.arms[0].said:
+        mark = f"[green]{RIGHT}[/]" if one.right else f"[red]{WRONG}[/]"
+        answers.add_row(mark, escape(_asked(one)), escape(one.text))
+    console.print(answers)
     console.print("[bold]Never told[/]")
     console.print(_never(found.untold))
     again = found.reopened
@@ -96,14 +100,6 @@ def _picture(found: ChatDemo) -> Table:
             line[column] = RIGHT if said.right else WRONG
         table.add_row(arm.name, "".join(line))
     table.caption = f"{RIGHT} answered right, {WRONG} not; each stands where its answer was told"
-    return table
-
-
-def _answers(said: Sequence[Said]) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
-    for one in said:
-        mark = f"[green]{RIGHT}[/]" if one.right else f"[red]{WRONG}[/]"
-        table.add_row(mark, escape(_asked(one)), escape(one.text))
     return table
 
 
