@@ -59,7 +59,7 @@ class IncrementalText:
 
 @define
 class StopStrings:
-    """Ends a text before the first of several strings, which may come in any number of pieces.
+    """Ends a text before that of several strings which is complete first; the text may come in any pieces.
 
     The beginning of a stop string at the end of the text is held back until it is known what it becomes.
 
@@ -77,10 +77,11 @@ class StopStrings:
         if not self.stops or self.stopped:
             return "" if self.stopped else piece
         text = self._held + piece
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        # The one that is complete first, wherever others begin: so the pieces in which a text comes change nothing.
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         # The longest end of the text with which a stop string begins: no more than all of the text, less than the stop.
         begun = (stop[:size] for stop in self.stops for size in range(1, min(len(stop), len(text) + 1)))
         size = max((len(begin) for begin in begun if text.endswith(begin)), default=0)

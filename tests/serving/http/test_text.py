@@ -95,8 +95,11 @@ def test_bytes_that_are_no_character_do_not_hold_the_text_back(byte_fallback):
 
 
 def plainly(text: str, stops: list[str]) -> str:
-    """What is before the first stop string."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+    """What is before the stop string that ends first, read character by character."""
+    for end in range(len(text) + 1):
+        if found := [end - len(stop) for stop in stops if text[:end].endswith(stop)]:
+            return text[: min(found)]
+    return text
 
 
 @given(
@@ -113,6 +116,12 @@ def test_stop_strings_across_pieces(text, stops, cuts):
     said += finder.end()
     assert said == plainly(text, stops)
     assert finder.stopped == (said != text)
+
+
+def test_the_pieces_do_not_decide_which_of_two_stop_strings_ends_a_text():
+    assert StopStrings(["b", "aba"]).add("aba") == "a"
+    finder = StopStrings(["b", "aba"])
+    assert finder.add("ab") + finder.add("a") == "a"
 
 
 def test_only_the_beginning_of_a_stop_string_is_held_back():
