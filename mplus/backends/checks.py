@@ -27,7 +27,7 @@ def check_request(request: AttentionRequest) -> None:
         _check_segment(f"segments[{index}]", segment, request)
     _check_options(request)
     device = request.queries.device
-    for name, part in _tensors(request).items():
+    for name, part in tensors_of(request).items():
         if part.device != device:
             raise InputError(f"{name} must be on the device of the queries ({device}), got {part.device}")
     for index, segment in enumerate(request.segments):
@@ -154,9 +154,10 @@ def _check_options(request: AttentionRequest) -> None:
         raise InputError(f"dropout must be at least 0 and below 1, got {request.dropout}")
 
 
-def _tensors(request: AttentionRequest) -> dict[str, Tensor]:
-    """Return every tensor of a request but the queries, by name."""
+def tensors_of(request: AttentionRequest) -> dict[str, Tensor]:
+    """Return every tensor of a request by name, such as ``segments[0].keys``."""
     named = {
+        "queries": request.queries,
         "keys": request.keys,
         "values": request.values,
         "mask": request.mask,

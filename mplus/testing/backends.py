@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mplus.backends.base import AttentionBackend, AttentionRequest, Segment
+from mplus.backends.checks import tensors_of
 from mplus.testing import rounding
 from mplus.testing.attention import exact_attention, plain_attention
 from mplus.testing.drawing import RequestShape
@@ -19,7 +20,6 @@ from mplus.testing.requests import (
     batch_row,
     gradients_of,
     nudged,
-    tensors_of,
     with_fillers,
     with_learned_bias,
 )

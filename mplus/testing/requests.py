@@ -9,28 +9,11 @@ import attrs
 import torch
 
 from mplus.backends.base import AttentionRequest, Segment
+from mplus.backends.checks import tensors_of
 from mplus.testing import rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def tensors_of(request: AttentionRequest) -> dict[str, Tensor]:
-    """Return every tensor of a request by name, such as ``segments[0].keys``."""
-    named: dict[str, Tensor | None] = {
-        "queries": request.queries,
-        "keys": request.keys,
-        "values": request.values,
-        "mask": request.mask,
-        "sinks": request.sinks,
-        "padding": request.padding,
-    }
-    for index, segment in enumerate(request.segments):
-        named[f"segments[{index}].keys"] = segment.keys
-        named[f"segments[{index}].values"] = segment.values
-        named[f"segments[{index}].lengths"] = segment.lengths
-        named[f"segments[{index}].bias"] = segment.bias
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def with_fillers(request: AttentionRequest, value: float) -> tuple[Segment, ...]:

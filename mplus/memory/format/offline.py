@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,29 +50,21 @@ def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
         with hold(folder) as directory:
             live, content, _ = read_present(directory)
         return [sources_of(view, rows_per_chunk(live.fingerprint)) for view in content.views()]
-    here = hold(folder)
-    held = lock(here, shared=True)
-    try:
-        manifest = read_manifest(here)
-        with TensorReader(here, manifest.data) as opened:
-            file = in_present_form(opened, manifest.earlier)
-            check_names(file, manifest)
-            return [_sources(file, manifest, number) for number in range(len(manifest.streams))]
-    finally:
-        held.release()
+
+    def take(file: Tensors, manifest: Manifest) -> list[list[SourceInfo]]:
+        check_names(file, manifest)
+        return [_sources(file, manifest, number) for number in range(len(manifest.streams))]
+
+    return _read(folder, take)
 
 
 def saved_tables(path: str | Path) -> tuple[Manifest, list[SourceTable]]:
     """Read the manifest of a saved memory, and the table of sources of each stream. Raises MemoryFileError."""
-    here = hold(Path(path))
-    held = lock(here, shared=True)
-    try:
-        manifest = read_manifest(here)
-        with TensorReader(here, manifest.data) as opened:
-            file = in_present_form(opened, manifest.earlier)
-            return manifest, [read_sources(file, number, entry) for number, entry in enumerate(manifest.streams)]
-    finally:
-        held.release()
+
+    def take(file: Tensors, manifest: Manifest) -> tuple[Manifest, list[SourceTable]]:
+        return manifest, [read_sources(file, number, entry) for number, entry in enumerate(manifest.streams)]
+
+    return _read(Path(path), take)
 
 
 def forget_saved(
@@ -153,25 +145,32 @@ def _check_pins(folder: Folder) -> None:
 
 def saved_text(path: str | Path, source: str | None, row: int = 0, tokenizer: Tokenizer | None = None) -> str:
     """Return what was written from a source to a stream of a memory on disk, as ``Memory.text``. Raises as that."""
+
+    def take(file: Tensors, manifest: Manifest) -> list[StreamState]:
+        check_names(file, manifest)
+        return read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))[0]
+
     folder = Path(path)
     if is_memory(folder, LIVE_FORMAT):
         with hold(folder) as directory:  # while another process may write to it
             states = read_present(directory)[1].states
     else:
-        states = _saved_content(folder)
+        states = _read(folder, take)
     (number,) = chosen(row, len(states))
     return text_of_source(states[number], source, tokenizer)
 
 
-def _saved_content(folder: Path) -> list[StreamState]:
+def _read(folder: Path, take: Callable[[Tensors, Manifest], T]) -> T:
+    """Return what ``take`` makes of the tensors, in the form that this version writes, and manifest of a saved memory.
+
+    A call and no context manager, for the reason that ``lock`` gives.
+    """
     here = hold(folder)
-    held = lock(here, shared=True)
+    held = lock(here, shared=True)  # until all is read: a save meanwhile removes the file that the manifest names
     try:
         manifest = read_manifest(here)
         with TensorReader(here, manifest.data) as opened:
-            file = in_present_form(opened, manifest.earlier)
-            check_names(file, manifest)
-            return read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))[0]
+            return take(in_present_form(opened, manifest.earlier), manifest)
     finally:
         held.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -80,7 +81,65 @@ class Statistics:
         return Statistics(layers, chunks, queries, flat[-2:])
 
 
-class HiddenRetriever(ChunkRetriever):
+class StatesRetriever(ChunkRetriever):
+    """A retriever that compares chunks and questions by their mean hidden states in a few layers of the decoder.
+
+    Its calibration ends with the threshold. Without a tokenizer there is none, so that no keys are kept and no chunk
+    is brought back.
+    """
+
+    near = 0.25
+    collect: ClassVar[frozenset[Literal["hidden"]]] = frozenset({"hidden"})
+
+    def calibrate(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> Tensor:
+        return self.calibrated(decoder, tokenizer)[0]
+
+    @abstractmethod
+    def calibrated(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+        """Return what ``calibrate`` does, and the scores ``[n, n]`` float64 of all passages for all questions."""
+
+    @abstractmethod
+    def layers_of(self, calibration: Tensor) -> Tensor:
+        """Return ``[k]`` int64, the places in the hidden states that are compared."""
+
+    @abstractmethod
+    def embedded(self, means: Tensor, calibration: Tensor, *, asked: bool) -> Tensor:
+        """Return the keys ``[B, v]`` of mean hidden states ``[B, k, d]``: of questions (``asked``) or of chunks."""
+
+    @abstractmethod
+    def similar(self, key: Tensor, chunks: Chunks) -> Tensor:
+        """Return the score ``[c]`` float64 of each chunk for the key ``[v]`` of a question."""
+
+    @torch.no_grad()
+    def chunk_keys(
+        self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Tokenizer | None
+    ) -> Tensor:
+        if not len(calibration):
+            return super().chunk_keys(ids, hidden_states, calibration, tokenizer)
+        every = torch.ones_like(ids, dtype=torch.bool)
+        means = means_of_tokens(hidden_states, every, self.layers_of(calibration).tolist())
+        return self.embedded(means, calibration, asked=False).half()
+
+    @torch.no_grad()
+    def query_keys(
+        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Tokenizer | None
+    ) -> Tensor:
+        if not len(calibration):
+            return super().query_keys(ids, mask, decoder, calibration, tokenizer)
+        layers = self.layers_of(calibration).tolist()
+        means = means_of_tokens(decoder.hidden_states(ids, mask), mask, layers)
+        return self.embedded(means, calibration, asked=True)
+
+    def scores(self, query: Query, chunks: Chunks) -> Tensor:
+        if not compared(chunks):
+            return torch.full((len(chunks),), -torch.inf, dtype=torch.float64)
+        return self.similar(query.key.cpu(), chunks)
+
+    def threshold(self, chunks: Chunks) -> float:
+        return float(chunks.calibration[-1]) if compared(chunks) else 0.0
+
+
+class HiddenRetriever(StatesRetriever):
     """Scores chunks by the cosine of their mean hidden states with those of the question, both standardised.
 
     The key of a chunk comes from the pass that writes it, that of a question from a short pass behind the tokens that
@@ -104,18 +163,12 @@ class HiddenRetriever(ChunkRetriever):
         layers: int = field(default=3, validator=whole(1))
 
     name = "hidden"
-    near = 0.25
-    collect: ClassVar[frozenset[Literal["hidden"]]] = frozenset({"hidden"})
     options: Options
 
     def key_size(self, shape: ChunkShape) -> int:
         return min(self.options.layers, shape.depth + 1) * shape.hidden_size
 
-    def calibrate(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> Tensor:
-        return self.calibrated(decoder, tokenizer)[0]
-
     def calibrated(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-        """Return what ``calibrate`` does, and the scores ``[n, n]`` float64 of all passages for all questions."""
         texts = statements()
         passages = means_of([one.passage for one in texts], decoder, tokenizer)
         questions = means_of([one.question for one in texts], decoder, tokenizer)
@@ -125,32 +178,15 @@ class HiddenRetriever(ChunkRetriever):
         similar = torch.stack([known.scores(one, keys) for one in asked])
         return torch.cat([known.flat(), between(similar).float()[None]]), similar
 
-    @torch.no_grad()
-    def chunk_keys(
-        self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Tokenizer | None
-    ) -> Tensor:
-        if not len(calibration):
-            return super().chunk_keys(ids, hidden_states, calibration, tokenizer)
+    def layers_of(self, calibration: Tensor) -> Tensor:
+        return _statistics(calibration).layers
+
+    def embedded(self, means: Tensor, calibration: Tensor, *, asked: bool) -> Tensor:
         known = _statistics(calibration)
-        means = torch.stack([hidden_states[layer].float().mean(1).cpu() for layer in known.layers.tolist()], 1)
-        return standardised(means, known.chunks).flatten(1).half()
+        return standardised(means, known.queries if asked else known.chunks).flatten(1)
 
-    def query_keys(
-        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Tokenizer | None
-    ) -> Tensor:
-        if not len(calibration):
-            return super().query_keys(ids, mask, decoder, calibration, tokenizer)
-        known = _statistics(calibration)
-        means = means_of_tokens(decoder.hidden_states(ids, mask), mask, known.layers.tolist())
-        return standardised(means, known.queries).flatten(1)
-
-    def scores(self, query: Query, chunks: Chunks) -> Tensor:
-        if not compared(chunks):
-            return torch.full((len(chunks),), -torch.inf, dtype=torch.float64)
-        return _statistics(chunks.calibration).scores(query.key.cpu(), chunks.keys)
-
-    def threshold(self, chunks: Chunks) -> float:
-        return float(chunks.calibration[-1]) if compared(chunks) else 0.0
+    def similar(self, key: Tensor, chunks: Chunks) -> Tensor:
+        return _statistics(chunks.calibration).scores(key, chunks.keys)
 
 
 def compared(chunks: Chunks) -> bool:

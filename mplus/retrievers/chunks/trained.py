@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import torch
 from attrs import define, field
@@ -18,8 +17,8 @@ from torch.nn.functional import normalize
 
 from mplus.config import must_be
 from mplus.errors import CheckpointError, MemoryMismatchError
-from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, between
-from mplus.retrievers.chunks.hidden import compared, means_of, means_of_tokens, standardised
+from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, between
+from mplus.retrievers.chunks.hidden import StatesRetriever, means_of, standardised
 from mplus.retrievers.chunks.statements import statements
 from mplus.tokenizer import Tokenizer
 
@@ -114,7 +113,7 @@ def embedded(standard: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return normalize(flat + flat @ down @ up, dim=-1)
 
 
-class TrainedRetriever(ChunkRetriever):
+class TrainedRetriever(StatesRetriever):
     """Scores chunks by the cosine of their embeddings with that of the question, by maps of ``mplus train-retriever``.
 
     As "hidden", with two linear maps behind the hidden states. A score of 0 is what a passage of ``statements()`` has
@@ -142,8 +141,6 @@ class TrainedRetriever(ChunkRetriever):
         path: str = field(validator=must_be("the path of a file", lambda value: isinstance(value, str) and value != ""))
 
     name = "trained"
-    near = 0.25
-    collect: ClassVar[frozenset[Literal["hidden"]]] = frozenset({"hidden"})
     options: Options
 
     def __init__(self, options: Options) -> None:
@@ -168,11 +165,7 @@ class TrainedRetriever(ChunkRetriever):
     def key_size(self, shape: ChunkShape) -> int:
         return self.maps.width
 
-    def calibrate(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> Tensor:
-        return self.calibrated(decoder, tokenizer)[0]
-
     def calibrated(self, decoder: ChunkDecoder, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-        """Return what ``calibrate`` does, and the scores ``[n, n]`` float64 of all passages for all questions."""
         if decoder.weights != self.maps.decoder:
             raise CheckpointError(
                 f"{self.options.path} must be of the decoder that it is used with: it was trained for weights with the "
@@ -188,35 +181,17 @@ class TrainedRetriever(ChunkRetriever):
         unit = torch.stack([mean, deviation, between(similar)]).float()
         return torch.cat([self._parts(), unit]), similar
 
-    @torch.no_grad()
-    def chunk_keys(
-        self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Tokenizer | None
-    ) -> Tensor:
-        if not len(calibration):
-            return super().chunk_keys(ids, hidden_states, calibration, tokenizer)
-        self._check(calibration)
-        every = torch.ones_like(ids, dtype=torch.bool)
-        return self.maps.of_chunks(means_of_tokens(hidden_states, every, self.maps.layers.tolist())).half()
+    def layers_of(self, calibration: Tensor) -> Tensor:
+        self._check(calibration)  # first of all: other maps may have fewer layers, or none that this decoder has
+        return self.maps.layers
 
-    @torch.no_grad()
-    def query_keys(
-        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Tokenizer | None
-    ) -> Tensor:
-        if not len(calibration):
-            return super().query_keys(ids, mask, decoder, calibration, tokenizer)
-        self._check(calibration)
-        states = decoder.hidden_states(ids, mask)
-        return self.maps.of_queries(means_of_tokens(states, mask, self.maps.layers.tolist()))
+    def embedded(self, means: Tensor, calibration: Tensor, *, asked: bool) -> Tensor:
+        return self.maps.of_queries(means) if asked else self.maps.of_chunks(means)
 
-    def scores(self, query: Query, chunks: Chunks) -> Tensor:
-        if not compared(chunks):
-            return torch.full((len(chunks),), -torch.inf, dtype=torch.float64)
+    def similar(self, key: Tensor, chunks: Chunks) -> Tensor:
         self._check(chunks.calibration)
-        similar: Tensor = (chunks.keys.float() @ query.key.cpu().float()).double()
+        similar: Tensor = (chunks.keys.float() @ key.float()).double()
         return (similar - chunks.calibration[PARTS]) / chunks.calibration[PARTS + 1]
-
-    def threshold(self, chunks: Chunks) -> float:
-        return float(chunks.calibration[-1]) if compared(chunks) else 0.0
 
     def _parts(self) -> Tensor:
         pairs = self._digest
