@@ -53,6 +53,14 @@ class Case:
     questions: Sequence[tuple[str, int]]
 
 
+def wrapped_smollm2() -> tuple[Any, Any]:
+    """Return SmolLM2 wrapped with kv, and its tokenizer."""
+    folder = smollm2_folder()
+    decoder = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return mplus.wrap(decoder, {"mechanism": "kv"}, check=False), tokenizer
+
+
 def notes(tokenizer: Any, split: Split, seed: int, count: int, asked: int, changed: float) -> Case:
     """Return generated notes about people."""
     options = Notes.Options(
@@ -216,10 +224,7 @@ def main() -> None:
     parser.add_argument("--reordered", action="store_true", help="how often the first is right, by each order")
     parser.add_argument("--record", type=Path, default=RECORD)
     arguments = parser.parse_args()
-    folder = smollm2_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    decoder = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    model = mplus.wrap(decoder, {"mechanism": "kv"}, check=False)
+    model, tokenizer = wrapped_smollm2()
     record: dict[str, JsonValue] = {
         **run_info(config=model.mplus_config.to_dict(), decoder="SmolLM2-135M-Instruct"),
         "settings": {name: getattr(arguments, name) for name in ("split", "sets", "paragraphs", "notes")},

@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from attrs import asdict
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import mplus
-from benchmarks.quality.chunk_retrieval import CUT, Case, notes, squad
+from benchmarks.quality.chunk_retrieval import CUT, Case, notes, squad, wrapped_smollm2
 from benchmarks.records import record_path, write
 from mplus.config import Component, JsonValue
 from mplus.environment import run_info
 from mplus.evaluation.reports.paired import difference
 from mplus.evaluation.texts import read
-from mplus.hf.pretrained.smollm2 import smollm2_folder
 from mplus.mechanisms.kv.passes import BegunDecoder
 from mplus.mechanisms.kv.state import state_of
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
@@ -177,10 +174,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=132, help="of the novels")
     parser.add_argument("--record", type=Path, default=RECORD)
     arguments = parser.parse_args()
-    folder = smollm2_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    decoder = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    model = mplus.wrap(decoder, {"mechanism": "kv"}, check=False)
+    model, tokenizer = wrapped_smollm2()
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     novels = [write_extract(arguments.data / "novels" / f"{name}.txt.gz", out / f"{name}.txt") for name in NOVELS]
