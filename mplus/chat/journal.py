@@ -11,6 +11,7 @@ from cattrs.preconf.json import make_converter
 
 from mplus.chat.exchange import Exchange
 from mplus.errors import MemoryFileError
+from mplus.stores.disk.files import FileSystem
 
 JSON = make_converter()
 FILE = "chat.jsonl"
@@ -52,6 +53,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(self.path)
+            FileSystem().sync_folder(self.path.parent)  # else a crash may bring the older file back
         except OSError as error:
             raise MemoryFileError(f"{self.path} cannot be written: {error}") from error
 
