@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from typing import cast
 
 import torch
-from attrs import define
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mplus.errors import MPlusError, NonFiniteError
 from mplus.hf.decoders.train_model import TrainTokenizer, choose_trained
 from mplus.hf.model.installed import WrappedModel
-from mplus.mechanisms.streams import TrainingStreams
 from mplus.training.activations.managed import ActivationPlan
-from mplus.training.batch import Batch, BatchSource
 from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, as_json, random_state, set_random_state
-from mplus.training.curriculum import Curriculum, StepPlan
+from mplus.training.curriculum import Curriculum
 from mplus.training.decoder import make_streams, set_sizes
 from mplus.training.metrics import MetricsLine, MetricsLog, RunningMeans, stage_bar
-from mplus.training.objectives import OBJECTIVES
 from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule, optimizer_state
 from mplus.training.parallel import (
     Accelerator,
     full_tensor,
-    gather_objects,
     is_sharded,
     rank,
     shard_like,
@@ -35,23 +30,15 @@ from mplus.training.parallel import (
     world_size,
 )
 from mplus.training.recipe.files import parse_recipe
-from mplus.training.recipe.recipe import Entry, Recipe, Stage
+from mplus.training.recipe.recipe import Recipe, Stage
 from mplus.training.setup import derive_seed, make_model, make_source
+from mplus.training.stage_data import StageData
 from mplus.training.state import History, Own, Position, Shared, StageSummary, TrainerState
-from mplus.training.step import LossTerm, TrainingStep, Validator
+from mplus.training.step import TrainingStep, Validator
 
 
 class MissedGoal(MPlusError, RuntimeError):
     """A stage did not reach what it was to reach."""
-
-
-@define(eq=False)
-class StageData:
-    """Streams, data and curriculum of one stage, all of them this process's own."""
-
-    streams: TrainingStreams
-    sources: dict[str, BatchSource]
-    curriculum: Curriculum
 
 
 class Trainer:
@@ -169,7 +156,8 @@ class Trainer:
                     f"stage {stage.name!r} must reach {stage.until.metric} {stage.until.at_least:g} within "
                     f"{stage.steps} steps, got {value:.3f} (seed {self.seed})"
                 )
-        skipped = self._skipped()
+        assert self.stage_data is not None  # noqa: S101  (the stage was begun)
+        skipped = self.stage_data.skipped()
         if skipped:
             summary["skipped"] = skipped
         state.stages.append(summary)
@@ -178,15 +166,6 @@ class Trainer:
         set_sizes(self.model.mplus_engine, self._memory, {})  # those that it is saved with
         self.save()
 
-    def _skipped(self) -> dict[str, dict[str, int]]:
-        """Return the documents that data passed over in this stage, of all processes: data set -> reason -> count."""
-        sources = {} if self.stage_data is None else self.stage_data.sources
-        found: dict[str, Counter[str]] = {}
-        for counts in gather_objects({name: getattr(source, "skipped", {}) for name, source in sources.items()}):
-            for name, some in counts.items():
-                found.setdefault(name, Counter()).update(some)
-        return {name: dict(counts) for name, counts in found.items() if counts}
-
     def _make_stage_data(self, stage: Stage) -> StageData:
         count = stage.streams or self.recipe.streams
         numbers = range(rank() * count, (rank() + 1) * count)
@@ -194,6 +173,7 @@ class Trainer:
         where = (self.seed, self.state.stage)
         set_sizes(self.model.mplus_engine, self._memory, stage.memory)
         return StageData(
+            stage,
             make_streams(
                 self.model.mplus_engine, numbers, seed=derive_seed(*where, "streams"), long_term=stage.long_term
             ),
@@ -214,7 +194,7 @@ class Trainer:
         assert self.stage_data is not None  # noqa: S101  (the caller began the stage)
         state, curriculum = self.state, self.stage_data.curriculum
         plan = curriculum.plan(state.stage_step)
-        main, terms = self._terms(stage, plan)
+        main, terms = self.stage_data.terms(plan)
         loss, metrics = self._wrapped(self.stage_data.streams, terms)
         self.optimizer.zero_grad(set_to_none=True)
         self._accelerator.backward(loss)
@@ -248,36 +228,6 @@ class Trainer:
         if self.recipe.optimizer.schedule_steps is not None:
             return self.state.step
         return self.recipe.falling_steps_before(self.state.stage, self.state.stage_step)
-
-    def _terms(self, stage: Stage, plan: StepPlan) -> tuple[Batch, list[LossTerm]]:
-        """Return the batch of the main objective, and all that the step computes."""
-        assert self.stage_data is not None  # noqa: S101  (the caller began the stage)
-        if plan.revisit and self.stage_data.curriculum.revisit_batch is not None and stage.revisit is not None:
-            batch = self.stage_data.curriculum.revisit_batch
-            objective = OBJECTIVES.get("revisit")()
-            terms = [LossTerm("revisit", objective, batch, stage.revisit.weight, stage.retriever_loss)]
-        else:
-            batch = self._next_batch(plan.main)
-            terms = [self._term(stage, plan.main, batch)]
-        for entry in plan.beside:
-            shared = entry.data is None or (entry.data == plan.main.data and not entry.objective.writes)
-            terms.append(self._term(stage, entry, batch if shared else self._next_batch(entry)))
-        return batch, terms
-
-    def _next_batch(self, entry: Entry) -> Batch:
-        assert self.stage_data is not None  # noqa: S101  (the caller began the stage)
-        objective = entry.objective
-        batch = self.stage_data.sources[str(entry.data)].next_batch(objective.chunks, repeat=objective.repeats)
-        if batch.reset:
-            self.stage_data.streams.reset()
-            self.stage_data.curriculum.reset()
-        return batch
-
-    @staticmethod
-    def _term(stage: Stage, entry: Entry, batch: Batch) -> LossTerm:
-        alike = [other for other in stage.objectives if other.name == entry.name]
-        label = entry.name if len(alike) == 1 else f"{entry.name}({entry.data})"
-        return LossTerm(label, entry.objective, batch, entry.weight, stage.retriever_loss)
 
     def _check_finite(self, stage: Stage, values: list[float], label: str) -> None:
         # Summed over processes, so that all of them stop at the same step.
@@ -364,11 +314,7 @@ class Trainer:
     def _own(self) -> Own:
         found: Own = {"random": random_state(), "means": self.means.sums, "stage_data": None}
         if self.stage_data is not None:
-            found["stage_data"] = {
-                "streams": self.stage_data.streams.state_dict(),
-                "sources": {name: source.state_dict() for name, source in self.stage_data.sources.items()},
-                "curriculum": self.stage_data.curriculum.state_dict(),
-            }
+            found["stage_data"] = self.stage_data.state_dict()
         return found
 
     def load(self, saved: Checkpoint) -> None:
@@ -392,9 +338,6 @@ class Trainer:
         if own["stage_data"] is not None:
             stage = self.stage
             self.stage_data = self._make_stage_data(stage)
-            self.stage_data.streams.load_state_dict(own["stage_data"]["streams"])
-            for name, source in self.stage_data.sources.items():
-                source.load_state_dict(own["stage_data"]["sources"][name])
-            self.stage_data.curriculum.load_state_dict(own["stage_data"]["curriculum"])
+            self.stage_data.load_state_dict(own["stage_data"])
             state.recent = deque(position["recent"], maxlen=stage.until.window if stage.until is not None else 0)
         set_random_state(own["random"])

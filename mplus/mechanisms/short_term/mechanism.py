@@ -18,6 +18,7 @@ from mplus.mechanisms.decoder import Decoder, DecoderShape, KeptProjection, Proj
 from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_batched
+from mplus.mechanisms.short_term.fresh import completed, empty_rows, first_state
 from mplus.mechanisms.short_term.joint_prefix import JointPrepared
 from mplus.mechanisms.short_term.merging import newest_in, with_newest, without_newest
 from mplus.mechanisms.short_term.prefix_cache import Prepared
@@ -40,7 +41,7 @@ from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.retrievers.base import RetrieverShape
 from mplus.retrievers.build import build_retriever
-from mplus.rows import NO_SOURCE, MemoryRows
+from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 
 BEGIN_STD, MARK_STD = 0.5, 0.1
@@ -140,10 +141,7 @@ class RowMechanism(MemoryMechanism):
     def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> ShortTermState:
         """Return a fresh stream: the checkpoint's pool if it has one, else empty."""
         state = self._first_state(layout)
-        if columns is None:
-            return state
-        stm = tuple(_completed(layer, rows, layout, columns) for layer, rows in enumerate(state.stm))
-        return evolve(state, stm=stm, newest=state.newest or self._newest(state.stm, layout))
+        return state if columns is None else completed(state, layout, columns, self.config.memory_tokens_per_chunk)
 
     def holding(self, layout: StoreLayout, rows: Sequence[MemoryRows], hidden: Sequence[Tensor]) -> ShortTermState:
         """Return a new stream with the short-term ``rows`` of each layer, whose hidden states are ``[n, d]``."""
@@ -151,35 +149,9 @@ class RowMechanism(MemoryMechanism):
         newest = () if layout.keeps_hidden else tuple(part[max(len(part) - k, 0) :] for part in hidden)
         return evolve(self.new_state(layout), stm=tuple(rows), newest=newest)
 
-    def _newest(self, stm: Sequence[MemoryRows], layout: StoreLayout) -> tuple[Tensor, ...]:
-        if layout.keeps_hidden:
-            return ()
-        k = self.config.memory_tokens_per_chunk
-        return tuple(rows.need_hidden()[max(len(rows) - k, 0) :].clone() for rows in stm)
-
     def _first_state(self, layout: StoreLayout) -> ShortTermState:
-        """Return a fresh stream whose rows, if any, have hidden states only."""
-        empty = tuple(self._empty(layout) for _ in range(layout.layers))
-        pool = self.additions.pool
-        if pool is None:
-            hidden = torch.empty(0, layout.hidden_size, dtype=layout.dtype, device=layout.device)
-            newest = () if layout.keeps_hidden else (hidden,) * layout.layers
-            return ShortTermState(stm=empty, pending=empty, newest=newest)
-        n = pool.shape[1]
-        births = torch.arange(n, dtype=torch.int64, device=layout.device)
-        source = torch.full((n,), NO_SOURCE, dtype=torch.int64, device=layout.device)
-        stm = tuple(MemoryRows(rows.to(layout.device, layout.dtype), births, source) for rows in pool.detach())
-        return ShortTermState(stm=stm, pending=empty, clock=n)
-
-    def _empty(self, layout: StoreLayout) -> MemoryRows:
-        """Short-term rows have a key from the start only where it cannot be made later, when they leave."""
-        return MemoryRows.empty(
-            layout.hidden_size if layout.keeps_hidden else 0,
-            key_size=0 if layout.keeps_hidden else layout.key_size,
-            projected_size=layout.projected_size,
-            dtype=layout.dtype,
-            device=layout.device,
-        )
+        """Return a fresh stream whose rows, if any, have hidden states only; a mechanism may keep more with it."""
+        return first_state(layout, self.additions.pool)
 
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
         """Run one write pass over a chunk of every stream, which have equally many short-term rows."""
@@ -198,7 +170,7 @@ class RowMechanism(MemoryMechanism):
         chunk: every check would read them all.
         """
         layout = context.store.layout
-        none = tuple(self._empty(layout) for _ in range(layout.layers))
+        none = tuple(empty_rows(layout) for _ in range(layout.layers))
         empty = evolve(self.new_state(layout), stm=none, pending=none)
         made = self.write(decoder, [StreamView(empty, context.store)], Text(ids)).of(0).hidden
         births = torch.arange(len(made[0]), device=layout.device)
@@ -231,6 +203,7 @@ class RowMechanism(MemoryMechanism):
             stayed.append(stay)
             if state.newest:
                 own = torch.cat([state.newest_kept(layer, stay), hidden.to(state.newest[layer])])
+                # max: of fewer rows all are kept; a negative start would count from the end.
                 newest.append(own[max(own.shape[0] - self.config.memory_tokens_per_chunk, 0) :].clone())
         moved = evolve(state, stm=tuple(stm), newest=tuple(newest), clock=state.clock + k)
         moved, evicted = self.keep_dropped(moved, dropped, context)
@@ -379,17 +352,6 @@ class RowMechanism(MemoryMechanism):
     def standing(self, view: StreamView, layer: int) -> MemoryRows:
         """Return the short-term rows of a layer."""
         return state_of(view).stm[layer]
-
-
-def _completed(layer: int, rows: MemoryRows, layout: StoreLayout, columns: Columns) -> MemoryRows:
-    """Return rows that have hidden states with the other columns that short-term rows of this layout have."""
-    if rows.hidden is None:
-        return rows
-    if layout.projected_size and rows.projected is None:
-        rows = rows.replace(projected=columns.project(layer, rows.hidden[None])[0].to(rows.hidden))
-    if not layout.keeps_hidden:
-        rows = rows.replace(key=columns.keys(layer, rows.need_hidden()), hidden=None)
-    return rows
 
 
 def _places(count: int, excess: int, permutation: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
