@@ -242,6 +242,7 @@ class MPlusMechanism(RowMechanism):
         ids = store.ids(layer)
         if not len(ids):
             return None
+        # The last k of the rows repeated without end: the newest come last, as often as K0 is larger than the LTM.
         place = torch.arange(-k, 0, device=ids.device) % len(ids)
         return self.bring_back(store, layer, ids[place], torch.empty(0))
 

@@ -140,6 +140,8 @@ def _refresh(states: list[StreamState], streams: Streams, stale: Sequence[int], 
         states[row] = evolve(anew, weights=now)
         for layer in range(store.layout.layers):
             times = None if notes is None else notes.times(layer, store.ids(layer))
+            # A copy of the ids: the store changes under the loop, and piece by piece all rows get new ids behind the
+            # old ones.
             for ids in store.ids(layer).clone().split(PIECE_ROWS):
                 rows = _refreshed(store.gather(layer, ids), layer, engine)
                 store.remove(layer, ids)

@@ -253,6 +253,7 @@ class Streams:
     @property
     def is_changed_elsewhere(self) -> bool:
         """True while another thread writes."""
+        # A lock that this thread holds itself can be taken once more: only that of another thread is not free.
         lock: Any = self._write_locks.here()
         free: bool = lock.acquire(blocking=False)
         if free:

@@ -112,6 +112,8 @@ class AttentionRetriever(Retriever):
                 part = part[:, : heads.keys * heads.width].to(queries)
                 return queries @ part.reshape(-1, heads.keys, heads.width).permute(1, 2, 0)
 
+            # Twice over all keys, a piece at a time: shares need the sum over all first, and the products of all take
+            # too much room.
             for part in keys.split(piece):
                 total = torch.logaddexp(total, products(part).logsumexp(-1))
             for number, part in enumerate(keys.split(piece)):

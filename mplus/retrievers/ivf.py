@@ -161,6 +161,7 @@ class IvfIndex:
                 _, found = index.search(asked, count, params=faiss.SearchParametersIVF(nprobe=probes, **options))
                 ids = torch.from_numpy(found[0])
                 ids = ids[ids >= 0]
+                # FAISS fills up with -1 where the cells looked into hold too few rows: look into twice as many.
                 if len(ids) == count or probes == self.cells:
                     return ids
                 probes *= 2

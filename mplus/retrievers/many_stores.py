@@ -64,6 +64,7 @@ def _alike(places: Sequence[int]) -> Iterator[list[int]]:
     for number, count in enumerate(places):
         by_size.setdefault(max(count.bit_length(), 8), []).append(number)
     for size, numbers in by_size.items():
+        # Stores of this size have fewer than 2**size places each.
         most = max(1, PLACES >> size)
         for start in range(0, len(numbers), most):
             yield numbers[start : start + most]

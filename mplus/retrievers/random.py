@@ -47,5 +47,6 @@ class RandomRetriever(Retriever):
         births = store.column(layer, "birth")
         last = int(births[-1]) if births is not None and count else -1
         digest = hashlib.blake2b(repr((self.options.seed, layer, count, last)).encode(), digest_size=8).digest()
+        # One bit fewer than the digest has: seeds are signed numbers.
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         return top_k(torch.rand(count, generator=generator).to(ids.device), ids, k)

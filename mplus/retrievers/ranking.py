@@ -105,6 +105,7 @@ def _ranks_of_best(
     if scores.shape[1] <= FEW or not wanted:
         ranks = ranks_of(scores, torch.arange(start, start + scores.shape[1], device=scores.device))
         return ranks if live is None else ranks[:, live]
+    # NaN counts as the worst: how a sort or topk places it is left open.
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if live is not None:
         scores.masked_fill_(~live, -torch.inf)
@@ -132,6 +133,8 @@ def _likely(scores: Tensor, wanted: int) -> list[Tensor]:
     high. Scores of -inf, which removed rows have, are left out.
     """
     sample = scores[:, ::SAMPLED]
+    # A quarter more than the share of the sample, and some: a threshold too low costs little, one too high a second
+    # look.
     count = min(wanted // SAMPLED * 5 // 4 + SAMPLED, sample.shape[1])
     lowest = sample.topk(count, sorted=False).values.amin(-1, keepdim=True)
     return [own.nonzero().squeeze(1) for own in (scores >= lowest) & (scores > -torch.inf)]
@@ -172,6 +175,7 @@ def _checked(scores: Tensor) -> Tensor:
 
 def _ascending(bits: Tensor) -> Tensor:
     """Turn bits of float32 into int32 that order as the numbers do, and back: those of negative numbers fall."""
+    # ``>>`` makes 0 or all ones of the sign: the other bits of negative numbers are turned round, others stay.
     return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 

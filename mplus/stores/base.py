@@ -135,6 +135,7 @@ def chunk_min(chunk: Chunk, name: Literal["birth", "expiry"]) -> float:
     if key not in chunk.cache:
         column = chunk.columns[name]
         if chunk.live is not None:
+            # Removed rows still lie in the column: whatever they hold, none of them may be the smallest.
             largest = torch.inf if column.is_floating_point() else torch.iinfo(column.dtype).max
             column = column.masked_fill(~chunk.live, largest)
         chunk.cache[key] = column.min().item()
@@ -386,6 +387,7 @@ class MemoryStore(StoreView):
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
     """Make tensors that can be written and differentiated through later, even in a caller's inference mode."""
+    # Both: to leave inference mode turns gradients on, also where the caller had them off.
     with torch.inference_mode(False), torch.no_grad():
         yield
 

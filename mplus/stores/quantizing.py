@@ -96,6 +96,7 @@ def restored(
     for value, code, exponent in zip(values.split(ROWS), codes.split(ROWS), exponents.split(ROWS), strict=True):
         grouped = _grouped(code.view(form.numbers).to(arithmetic), group)
         made = (grouped * _scales(exponent, arithmetic)[..., None]).flatten(1)[:, :width]
+        # A number near the largest of its dtype may have been rounded up beyond it, and would come back as Inf.
         value.copy_(made.clamp_(-largest, largest))
     return values
 
@@ -115,6 +116,8 @@ def _grouped(values: Tensor, group: int) -> Tensor:
 def _exponents(values: Tensor) -> Tensor:
     """Return the smallest whole e with ``2 ** e`` not below a value, from the bits of normal numbers."""
     words, fraction, bias = _bits(values.dtype)
+    # All ones added to the fraction carry into the exponent unless the fraction is 0: a power of two stays, all else
+    # goes up. Zero and subnormal numbers get the least exponent that has a normal number, 1.
     up = torch.bitwise_right_shift(values.view(words) + (2**fraction - 1), fraction)
     return (up.clamp(min=1) - bias).to(torch.int16)
 
@@ -122,6 +125,7 @@ def _exponents(values: Tensor) -> Tensor:
 def _scales(exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``2 ** e``, exactly."""
     words, fraction, bias = _bits(dtype)
+    # The bits of a power of two: its exponent, and a fraction of 0.
     return torch.bitwise_left_shift(exponents.to(words) + bias, fraction).view(dtype)
 
 

@@ -107,7 +107,10 @@ class SlabStore(_SlabReader, MemoryStore):
             )
         pairs = zip(snapshot.slab_layers, self.slab_layers, strict=True)
         self.slab_layers = [
-            evolve(then, next_id=max(then.next_id, now.next_id), revision=now.revision + 1) for then, now in pairs
+            # An id is given once, be its row taken back: caches know rows by it. The revision goes on, so that indexes
+            # see a change.
+            evolve(then, next_id=max(then.next_id, now.next_id), revision=now.revision + 1)
+            for then, now in pairs
         ]
 
     def fork(self) -> Self:

@@ -62,6 +62,7 @@ def sum_over_processes(values: Iterable[float]) -> list[float]:
     # NCCL exchanges what lies on a GPU only.
     nccl = "nccl" in str(distributed.get_backend())
     device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+    # float64, in which counts of tokens stay exact.
     together = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(together)
     return [float(value) for value in together]
@@ -86,6 +87,7 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
         count = count.to(torch.float64)
         distributed.all_reduce(count)
         count = count / world_size()
+    # Times 0 and no constant: backward has to reach the same parameters in every process.
     return total / count.to(total.dtype) if bool(count) else total * 0.0
 
 

@@ -301,8 +301,10 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         )
         first = read.logits[:, :, QUESTION_TOKENS - 1].float()
         unknown = self.task.language.ids[UNKNOWN]
+        # Clamped, so that a decoder that is quite sure has a finite logit.
         probability = first.softmax(-1)[:, :, unknown].clamp(1e-7, 1 - 1e-7)
         others = first.clone()
+        # How sure it is among the answers: the share of "unknown" is a sign of its own.
         others[:, :, unknown] = -torch.inf
         shares = others.softmax(-1)
         columns = [

@@ -125,6 +125,7 @@ class RowBuffer:
         self._rows: list[_BufferedRow] = []
         self._steps = 0
         self._room = (0, 0)
+        # Not -inf: a row of which nothing is visible, such as an empty one, would become NaN.
         self._hidden = torch.finfo(decoder.dtype).min
         self._mask = torch.empty(0, 1, 1, 0, dtype=decoder.dtype, device=decoder.device)
         # Of each row the column and the position of its next token.

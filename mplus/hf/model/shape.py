@@ -44,6 +44,7 @@ def decoder_shape(decoder: PreTrainedModel, retrofit: Retrofit) -> DecoderShape:
     anatomy = retrofit.anatomy
     config = decoder.config.get_text_config(decoder=True)
     inputs, embedding = begin_inputs(decoder, anatomy), cast("nn.Embedding", decoder.get_input_embeddings()).weight
+    # A row for each layer, of its own: they are trained apart, and an expanded view has the memory of one.
     begin = inputs[0].expand(len(anatomy.specs), -1, -1).clone()
     heads, key_heads, head_size, value_size = _attention_sizes(config, begin.shape[2])
     return DecoderShape(
@@ -73,6 +74,7 @@ def _spread(embedding: Tensor) -> float:
     """Return the standard deviation of token embeddings ``[V, w]``, of 4,096 tokens at most; 1 where it is none."""
     if embedding.is_meta:  # weights that are elsewhere until a pass needs them
         return 1.0
+    # Spread over the vocabulary, whose first tokens are bytes and special ones, and unlike the others.
     some = embedding.detach()[:: embedding.shape[0] // SOME + 1].float()
     found = float(some.std()) if some.numel() > 1 else 0.0
     return found if 0 < found < float("inf") else 1.0

@@ -191,6 +191,7 @@ def _run(
     """Run one forward of the decoder."""
     active, so_far = _read_pass(engine, reading, inputs, piece)
     output: Output = run_in(active, base.forward, engine.model, **inputs.named)
+    # The cache that came and the one that is returned: a decoder may return another one.
     for cache in (inputs.cache, getattr(output, "past_key_values", None)):
         if cache is not None:
             keep_reading(cache, reading)
@@ -303,6 +304,7 @@ def open_reading(
     copies = repeats if reading.reopens else 1
     if copies > 1:
         query, repeats = None if query is None else query.repeat_interleave(copies, 0), 1
+    # One of each set of copies, as beams are: they ask the same.
     own = text[::repeats, prompt]
     front = Text(
         ids=own if text.dim() == 2 else None,

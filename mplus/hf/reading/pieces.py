@@ -57,6 +57,7 @@ def read_in_pieces(
         piece = dict(shared)
         piece.update({name: tensor[:, start:end] for name, tensor in per_token.items()})
         if mask is not None:
+            # It has columns for what is in the cache as well, in front, and ends with this piece.
             piece["attention_mask"] = mask[:, : mask.shape[1] - total + end]
         if columns is not None:
             piece["cache_position"] = columns[start:end]
@@ -149,6 +150,7 @@ def _join(model: PreTrainedModel, outputs: Sequence[DecoderOutput], inputs: Forw
     kept = inputs.get("logits_to_keep", 0)
     logits = joined.get("logits")
     if isinstance(logits, Tensor):
+        # Of 0 tokens it means all, and so does the slice: -0 is 0.
         joined["logits"] = logits[:, slice(-kept, None) if isinstance(kept, int) else kept]
     if inputs.get("labels") is not None:
         given = {name: value for name, value in inputs.items() if name in _OF_LOSS and value is not None}

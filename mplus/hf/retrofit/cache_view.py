@@ -77,6 +77,7 @@ def mask_with_memory(mask: Tensor | None, memory: Segment, queries: int, keys: i
         mask = (mask.tril() if queries > 1 else mask)[None, None]
     rows, valid = memory.keys.shape[2], memory.valid
     if mask.dtype == torch.bool:
+        # Memory is before all text: every query sees it, but for fillers.
         front = mask.new_ones(*mask.shape[:-1], rows)
     else:
         front = mask.new_zeros(*mask.shape[:-1], rows)

@@ -138,6 +138,7 @@ class MemoryInCache:
     def fits(self, keys: Tensor) -> bool:
         """Return whether ``keys`` ``[B, Hkv, S, D]`` are the layer's text as it lies there; a decoder may change it."""
         own = self.layer.keys
+        # Compared by place and not by value: no number is read, and a copy, equal or not, is not this text.
         return keys.data_ptr() == own.data_ptr() and keys.shape == own.shape and keys.stride() == own.stride()
 
     def keys_values(self) -> tuple[Tensor, Tensor]:

@@ -167,6 +167,7 @@ def _candidates(spec: AttentionSpec, like: Tensor) -> Iterator[Rotation]:
     # At position 0 a rotation is the identity, so what the cosines say there is the scale alone.
     if cos.dim() != 3 or not scale > 0 or bool((cos - scale).abs().max() > 1e-3 * scale) or bool(sin.any()):
         return
+    # Cosines in float32 are 1 but for rounding; YaRN scales them on purpose.
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale
     for doubled in (False, True):
         for pairs in ("half", "interleaved"):

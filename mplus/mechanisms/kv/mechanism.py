@@ -196,6 +196,7 @@ class KvMechanism(KvReads):
             rows = MemoryRows(None, births, torch.full_like(births, source), projected=made.to(device, dtype))
             context.store.append(layer, rows)
         beside, key = update.beside[0] if update.beside else {}, None
+        # The first chunk brings the begin along, behind which all later ones are written as well.
         if beside and not own.begin_rows.shape[1]:
             own = own.with_begin(beside["begin_ids"], beside["begin_rows"].to(device, dtype))
         if beside:

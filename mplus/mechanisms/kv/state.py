@@ -107,6 +107,7 @@ class KvState(StreamState):
             chunk_source=torch.cat([self.chunk_source, new[1]]),
             chunk_time=torch.cat([self.chunk_time, new[2]]),
             token_ids=torch.cat([self.token_ids, ids.to("cpu", torch.int32)]),
+            # The first key says how wide keys are: a table without chunks has width 0.
             chunk_key=torch.cat([self.chunk_key, own]) if len(self.chunk_key) else own,
             clock=self.clock + ids.shape[0],
         )
@@ -236,10 +237,13 @@ class KvState(StreamState):
         whole = torch.ones_like(self.chunk_length, dtype=torch.bool)
         births = [_births(store, layer) for layer in range(store.layout.layers)]
         for found in births:
+            # Rows of a chunk are born one after the other from its time on: as many in that span as it has tokens, or
+            # some are lost.
             first, last = (torch.searchsorted(found, self.chunk_time + n) for n in (0, self.chunk_length))
             whole &= last - first == self.chunk_length
         state, lost = self.with_chunks(whole), []
         for layer, found in enumerate(births):
+            # The last chunk that begins no later than a row; -1: they all begin later.
             chunk = torch.searchsorted(state.chunk_time, found, right=True) - 1
             inside = torch.zeros_like(found, dtype=torch.bool)
             if len(state.chunk_time):
@@ -273,6 +277,7 @@ class KvState(StreamState):
                 f"a table of {len(length)} chunks of {int(length.sum())} tokens must have as many sources, times and "
                 f"ids, got {len(self.chunk_source)}, {len(time)} and {self.tokens}"
             )
+        # Each ends before the next one begins, and the last one before the clock.
         bounds = torch.cat([time, torch.tensor([self.clock])])
         if bool((length < 1).any()) or bool((time < 0).any()) or bool((time + length > bounds[1:]).any()):
             raise MemoryMismatchError("chunks must have at least one token each, and come one behind the other in time")

@@ -94,6 +94,7 @@ class BatchedStreams(TrainingStreams):
         self.clock = 0
         self.stm = [torch.zeros(batch, 0, layout.hidden_size, dtype=layout.dtype, device=layout.device) for _ in layers]
         self.stm_source = [torch.zeros(batch, 0, dtype=torch.int64, device=layout.device) for _ in layers]
+        # The same empty tensors: columns are replaced, never written into.
         self.stm_birth = list(self.stm_source)
         self.ltm = [LongTermRows(batch, layout, self.long_term_tokens) for _ in layers]
 

@@ -206,5 +206,6 @@ def unlikely_places(logits: Tensor, ids: Tensor, rows: int) -> Tensor:
         rows: of the n tokens, so many.
     """
     likely = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    # Nothing predicts the first token: it counts as the least expected.
     likely = torch.cat([likely.new_full((len(ids), 1), -torch.inf), likely], 1)
     return likely.topk(rows, largest=False).indices.sort(-1).values

@@ -104,6 +104,7 @@ class Journal:
     def cut(self, size: int, records: int) -> None:
         """Go back to the first ``records`` records, ``size`` bytes; when this returns, the others are gone."""
         handle = self._open()
+        # Synced as well: a record that was taken back must not be there again after a crash.
         self._files.truncate(handle, size)
         self._files.sync(handle)
         self.size, self.records = size, records
@@ -231,17 +232,20 @@ class _Reader:
         """Read the record ``number``, which begins at ``begin``, and move behind it; None: it was never finished."""
         self._file.seek(begin)
         first = self._file.read(min(SECTOR, self._size - begin))
+        # Zeros are what a file system may leave where it had made a file longer and the bytes never came.
         if len(first) < SECTOR or not any(first):
             return None
         facts = self._read_facts(first)
         if facts is None or facts[0] != number:
             raise _damaged(self._path, number, "its head does not have the checksum it was written with")
         length = facts[1]
+        # Facts and their checksum, one for each sector of data, and one for all of these.
         used = self._facts + 4 + 4 * (_padded(length) // SECTOR) + 4
         if _padded(used) > self._size - begin:
             return None
         head = first + self._file.read(_padded(used) - SECTOR)
         if zlib.crc32(head[: used - 4]) != int.from_bytes(head[used - 4 : used], "little"):
+            # A sector of zeros never reached the disk: the record was not finished. Anything else was altered.
             if any(not any(head[at : at + SECTOR]) for at in range(SECTOR, used, SECTOR)):
                 return None
             raise _damaged(self._path, number, "its head does not have the checksum it was written with")
@@ -283,6 +287,7 @@ class _Reader:
                     if self._mark != FIRST_MARK or self.whole(one) is not None:
                         yield one
                 at = piece.find(self._mark, at + 1)
+            # Pieces overlap, so that a mark across the border of two is found.
             start += max(1, len(piece) - len(self._mark) + 1)
 
     def whole(self, found: _Found) -> memoryview | None:
@@ -298,6 +303,7 @@ def _is_whole(data: memoryview, checksums: bytes, path: Path | PathAt, number: i
     found, whole = _checksums(data), len(data) == len(checksums) // 4 * SECTOR
     for place, at in enumerate(range(0, len(data), SECTOR)):
         if found[4 * place : 4 * place + 4] != checksums[4 * place : 4 * place + 4]:
+            # A crash leaves zeros, or a file that ends too early; another sector was altered.
             if at + SECTOR <= len(data) and any(data[at : at + SECTOR]):
                 raise _damaged(
                     path, number, f"bytes {at} to {at + SECTOR - 1} of it have another checksum than written"

@@ -59,6 +59,7 @@ class DirectoryPersistence(Persistence):
         self.journal_bytes = journal_bytes
         self._next_checkpoint = journal_bytes
         self._draws: list[Tensor] = []
+        # A memory that nobody refers to any more gives its lock back, also where nobody closed it.
         self._finalizer = weakref.finalize(self, Directory.close, directory)
 
     def check_writable(self) -> None:
@@ -88,6 +89,7 @@ class DirectoryPersistence(Persistence):
         if kept is None or self._makes_checkpoint(kept):
             self._write_checkpoint(after, after, streams, clean=kept is None)
             return
+        # Generators are in the record where they have moved: replayed, the next write draws as it would have.
         draws = enumerate(zip(self._draws, streams.draws(), strict=True))
         moved = {row: now for row, (before, now) in draws if not torch.equal(before, now)}
         notes = [store.changes or () for store in _mapped(streams)]

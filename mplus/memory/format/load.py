@@ -216,6 +216,7 @@ def read_state(file: Tensors, number: int, entry: StreamEntry, layout: StoreLayo
         ]
         for name, counts in entry.rows.items()
     }
+    # A view of a file that is closed soon is copied; one of a file that stays open is not.
     tensors = {name: value if file.lasting else value.clone() for name, value in read_all(file, number, "state")}
     sources = read_sources(file, number, entry)
     numbers = sources.column("number")

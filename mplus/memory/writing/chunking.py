@@ -50,6 +50,7 @@ def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]
             "join it with its neighbours, or lower min_chunk_tokens in the config"
         )
     chunks, shared = list(ids.split(chunk_tokens)), 1
+    # As few chunks at the end as can share their tokens so that each has its least.
     while sum(map(len, chunks[-shared:])) < shared * min_chunk_tokens:
         shared += 1
         if shared > len(chunks):
@@ -64,6 +65,7 @@ def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]
 def cut_up(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> tuple[list[Tensor], Tensor]:
     """Return the chunks that ``split`` cuts; where it cannot, all full chunks; and the ids that are left over."""
     n = ids.shape[0]
+    # Enough tokens for the least length of each of as many chunks as there have to be.
     if n and -(-n // chunk_tokens) * min_chunk_tokens <= n:
         return split(ids, chunk_tokens, min_chunk_tokens), ids[:0]
     end = n - n % chunk_tokens

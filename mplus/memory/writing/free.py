@@ -55,6 +55,7 @@ def grown_bytes(write: StreamWrite) -> int:
     grown = 0
     for layer in range(store.layout.layers):
         before = store.count(layer)
+        # A memory that holds more than its capacity already grows no more.
         after = before + rows if capacity is None else min(before + rows, max(capacity, before))
         grown += store.bytes_for(after) - store.bytes_for(before)
     return grown

@@ -79,6 +79,7 @@ class Update:
         """Return the rows of one stream: views of the tensors of all."""
         hidden, projected = (tuple(rows[stream] for rows in parts) for parts in (self.hidden, self.projected))
         ids = None if self.ids is None else self.ids[stream]
+        # A slice, since () stays () where there is nothing beside.
         return Update(hidden, projected, ids, self.beside[stream : stream + 1])
 
     def detach(self) -> Update:
@@ -140,6 +141,7 @@ def check_absorbed(absorbed: object, given: StreamState, layout: StoreLayout, me
     if not isinstance(state, type(given)):
         got = type(absorbed).__name__ + ("" if state is None else f" of {type(state).__name__}")
         raise MechanismError(f"{said} an Absorbed with a state of class {type(given).__name__}, got {got}")
+    # The very objects: these are the memory's, and a mechanism hands them on untouched.
     if any(getattr(state, name) is not getattr(given, name) for name in ("sources", "texts", "tail", "writes")):
         raise MechanismError(
             f"{said} the state that it was given with changes (attrs.evolve), got one with sources, texts or a tail of "

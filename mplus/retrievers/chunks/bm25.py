@@ -88,6 +88,7 @@ def bm25(
         follows = torch.zeros(len(asked), len(asked), dtype=torch.bool)
         follows[order[:-1], order[1:]] = True
         first, second = place[found][:-1], place[found][1:]
+        # Neighbours in the text, of one text, that follow each other in the question too.
         beside = (found.diff() == 1) & (text_of.diff() == 0) & follows[first, second]
         cells = torch.stack([text_of[:-1], first, second])[:, beside].unique(dim=1)
         both = torch.minimum(rarity[cells[1]], rarity[cells[2]])

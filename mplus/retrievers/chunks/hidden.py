@@ -49,6 +49,7 @@ class Statistics:
             questions: ``[n, depth + 1, d]``, of a question about each passage.
             most: layers.
         """
+        # A dimension that is the same in all statements must not be divided by zero.
         spread = [torch.stack([means.mean(0), means.std(0) + 1e-4]) for means in (passages, questions)]
         found = [standardised(means, one) for means, one in zip((passages, questions), spread, strict=True)]
         similar = torch.einsum("qld,pld->lqp", found[1], found[0])

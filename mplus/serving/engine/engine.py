@@ -138,6 +138,8 @@ class Engine:
         work = [asyncio.create_task(self._turns()), asyncio.create_task(writer.work())]
         self._started.set()
         await self._stopped.wait()
+        # In this order: nobody takes turns, nobody writes, memories are closed, and what was said meanwhile is
+        # delivered.
         for task in work:
             task.cancel()
         writer.close()
@@ -153,10 +155,12 @@ class Engine:
         while True:
             batch = self._batch
             if not (batch.running or batch.can_read):
+                # No await since the look at the batch: a request that comes later sets it again.
                 self._wake.clear()
                 await self._wake.wait()
             self._turn()
             self._flush()
+            # Requests, and those that leave, have their turn of the loop between two turns of the decoder.
             await asyncio.sleep(0)
 
     def _turn(self) -> None:
@@ -203,6 +207,8 @@ class Engine:
         begin, done = queue.arrive(tenant), self._loop.create_future()
         release = partial(queue.leave, tenant)
         answer = Answer(request, limit, partial(self._happened, number), begin, release, done, arrived)
+        # Undone from the last to the first, however it ends: out of the batch, the memory given back, then the place in
+        # the queue.
         async with AsyncExitStack() as held:
             held.callback(begin)
             lane = None if name is None else self._commands.lanes.begin_read(name)
@@ -243,6 +249,7 @@ class Engine:
 
     def _tell(self, delivery: Delivery) -> None:
         if not self._out:
+            # All that is told in one round of the loop is delivered together.
             self._loop.call_soon(self._flush)
         self._out.append(delivery)
 

@@ -175,6 +175,7 @@ class ProcessEngine(NumberedClient):
             return
         self._why = "the engine has failed and is being started again: try again in a while"
         self._tell(lambda: self.inbox.fail(self._not_there()))
+        # One that ends as soon as it is started will do so again: a pause that doubles, until one lives for a while.
         if time.monotonic() - begun < SHORT_LIFE:
             time.sleep(self._pause)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
@@ -208,6 +209,7 @@ class Sender:
 
     def send(self, message: FromEngine) -> None:
         """Send a message; to nobody where the front is gone, which the engine will see."""
+        # One message at a time: two threads that send at once would mix their bytes in the pipe.
         with self._lock, contextlib.suppress(OSError):
             self.channel.send(message)
 

@@ -156,6 +156,7 @@ class Keys:
             status = self.file.stat()
         except FileNotFoundError:
             return self._records if self._stamp is None else self._gone()
+        # The number of the file as well: a file that was put in its place within one tick of the clock is another one.
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         if stamp != self._stamp:
             self._records, self._stamp = _parse(self.file), stamp

@@ -208,9 +208,8 @@ class BlockFile:
                 raise MemoryFileError(f"{path}: tensor {name!r} must begin at a multiple of its item size")
         if first != len(sums):
             raise MemoryFileError(f"{path} must have {first} bytes of checksums, got {len(sums)}")
-        with torch.inference_mode(
-            False
-        ):  # made in a caller's inference mode, ``_good`` could not be written outside of it
+        # Made in a caller's inference mode, ``_good`` could not be written outside of it.
+        with torch.inference_mode(False):
             self._sums = torch.frombuffer(sums, dtype=torch.uint8) if sums else torch.empty(0, dtype=torch.uint8)
             self._good = torch.zeros(blocks, dtype=torch.bool)
             self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]
@@ -272,5 +271,6 @@ class BlockFile:
         sound, width = torch.ones(tensor.span.shape[0], dtype=torch.bool), max(tensor.span.row_bytes, 1)
         for block in tensor.faults():
             begin, end = tensor.block_span(block)
+            # A block may begin and end inside a row: of a row with any byte in it nothing is known.
             sound[begin // width : -(-end // width)] = False
         return sound

@@ -89,6 +89,7 @@ class WeightedSums:
         """Return the sums of all blocks at a time."""
         size = self.block_bytes
         lacking = -data.shape[0] % size
+        # A view as words has to begin at a multiple of 8 bytes of its storage; a copy does.
         if lacking or data.storage_offset() % WORD:
             data = torch.cat([data, torch.zeros(lacking, dtype=torch.uint8, device="cpu")])
         words = data.view(torch.int64).view(-1, size // WORD)
@@ -97,6 +98,7 @@ class WeightedSums:
         # The same memory from the middle of its first word on, which no view of ``words`` can show.
         middle = data[WORD // 2 :].numpy()
         shifted = torch.frombuffer(middle, dtype=torch.int64, count=count * length - 1)
+        # One word fewer in a block: the last one from the middle on would reach into the next block.
         return torch.stack([words @ straight, shifted.as_strided((count, length - 1), (length, 1)) @ between], 1)
 
 
@@ -129,6 +131,7 @@ PRESENT = Scheme({"format": "mplus-blocks", "checksum": "weighted-sums, crc32"},
 @lru_cache(maxsize=16)
 def _constants(length: int) -> tuple[Tensor, Tensor]:
     """Return the constants of the words of a block, and of those that begin in the middle of them."""
+    # Kept for all callers, also those outside of the inference mode in which the first may be.
     with torch.inference_mode(False):
         straight, between = weights(length).T.contiguous()
         return straight, between[:-1]
@@ -136,12 +139,15 @@ def _constants(length: int) -> tuple[Tensor, Tensor]:
 
 def weights(count: int) -> Tensor:
     """Return ``[count, 2]`` odd int64: the first numbers of SplitMix64 from 0, two for each word of a block."""
+    # The constants of SplitMix64 (0x9E3779B97F4A7C15 and so on) as signed numbers: products of int64 wrap around alike.
     number = torch.arange(1, 2 * count + 1, device="cpu") * -0x61C8864680B583EB
     number = (number ^ _right(number, 30)) * -0x40A7B892E31B1A47
     number = (number ^ _right(number, 27)) * -0x6B2FB644ECCEEE15
+    # Odd: such a factor can be undone modulo 2**64, so that a change of one word always changes the sum.
     return (number ^ _right(number, 31)).view(count, 2) | 1
 
 
 def _right(number: Tensor, bits: int) -> Tensor:
     """Shift ``number`` to the right by ``bits``, as if it had no sign."""
+    # ``>>`` fills up with the sign; the mask takes it off again.
     return (number >> bits) & ((1 << (64 - bits)) - 1)

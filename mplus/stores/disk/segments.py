@@ -188,6 +188,7 @@ class SegmentedRows:
         order, ids = None, ids.cpu()
         if not bool((ids[1:] >= ids[:-1]).all()):
             ids, ranks = ids.sort()
+            # The inverse of the sort: brings what is found back into the order that was asked for.
             order = ranks.argsort()
         found, begin = [], 0
         # Ids are sorted, so those of a segment are neighbours: only how many there are in each has to be known.
@@ -216,6 +217,8 @@ class SegmentedRows:
             return self
         last = self.segments[-1] if self.segments else None
         columns = {"id": ids, **rows.columns()}
+        # A fork shares the buffer: the first to append gets the places behind the last row, the other a buffer of its
+        # own.
         if last is not None and isinstance(last.source, Buffer) and last.source.claim(last.stop, count):
             last.source.write(last.stop, columns)
             live = last.live

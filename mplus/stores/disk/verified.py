@@ -98,9 +98,11 @@ class VerifiedTensor:
         width, size = self.row_bytes, self.block_bytes
         if self.whole or not places.shape[0]:
             return
+        # So many rows of so small a tensor: to check all of it takes less than to find out which blocks they lie in.
         if self.data.shape[0] <= AT_A_TIME and places.shape[0] >= self.sums.shape[0]:
             self._check_range(0, len(self.sums))
             return
+        # Where a row is a block, its place is the number of that block.
         first = last = places
         if width != size:
             begin = places * width
@@ -156,6 +158,8 @@ class VerifiedTensor:
             numbers = torch.arange(numbers.start, numbers.stop, device="cpu")
         broken = int(values.min()) < rule.least or int(values.max()) > rule.most
         if rule.ascending:
+            # The blocks that were read need not be neighbours: the first row of each is compared with the row before
+            # it, too.
             begins = numbers[numbers > 0] * (self.block_bytes // self.row_bytes)
             broken |= bool((values[1:] <= values[:-1]).any())
             broken |= bool((self.rows[begins] <= self.rows[begins - 1]).any())

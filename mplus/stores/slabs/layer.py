@@ -120,6 +120,7 @@ class SlabLayer:
             return SlabLocation([(self.slabs[0], self.slabs[0].find(ids))])
         # Slabs ascend in ids, so the first slab whose last id is not below one is the only one that can have it.
         which, order = torch.searchsorted(self._lasts, ids), None
+        # The ids of one slab have to lie side by side, so that each slab is asked once.
         if not bool((which[1:] >= which[:-1]).all()):
             by_slab = which.argsort(stable=True)
             ids, order = ids[by_slab], by_slab.argsort()

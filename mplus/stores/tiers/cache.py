@@ -67,6 +67,7 @@ class RowCache:
         places = budget // self.place_bytes
         self._ways = min(WAYS, places)
         sets = places // max(1, self._ways)
+        # The table begins small and doubles; it begins with that number of sets from which doublings end at the budget.
         self._doublings = max(0, (sets // FIRST_SETS).bit_length() - 1)
         self._first_sets = sets >> self._doublings
         nothing = torch.empty(0, dtype=torch.int64)

@@ -49,6 +49,7 @@ class BudgetedAllocator(Allocator):
         """Return a block as ``Allocator.allocate`` does. Raises BudgetExceeded."""
         size = rows * self._row_bytes
         with self._lock.here():
+            # Booked before it is made: another thread that asks meanwhile is told that this room is taken.
             if self.nbytes + size > self.budget:
                 raise BudgetExceeded
             self.nbytes += size

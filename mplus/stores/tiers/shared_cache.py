@@ -222,5 +222,6 @@ class Lineage:
     def keys(self, layer: int, ids: Tensor) -> Tensor:
         """Return ``[n]`` keys in the caches of the rows with these ids ``[n]``, on the CPU."""
         ids = ids.cpu()
+        # Rows from before a fork are known under the store that wrote them, so that forks share them.
         who = torch.searchsorted(self.limits[layer], ids, right=True)
         return (self.owners[who] << OWNER_BITS) | ids

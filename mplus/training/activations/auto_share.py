@@ -62,6 +62,7 @@ class AutoShare:
     _rate: float = math.inf
 
     def _seconds(self) -> float:
+        # The last event alone: those before it, of the same stream, are over by then.
         self._times[-1][1].synchronize()
         return float(sum(begin.elapsed_time(end) for begin, end in self._times)) / 1000
 

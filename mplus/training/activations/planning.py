@@ -107,6 +107,7 @@ def swapped_share(sizes: LayerBytes, *, transferable: float = math.inf, host: fl
 
 def swapped_tokens(share: float, tokens: int) -> int:
     """Return the number of a text's tokens that a share is: ``floor(share tokens)``, rounding errors aside."""
+    # A share that was computed as tokens over tokens may lie just below the whole number that it stands for.
     return min(tokens, int(share * tokens + 1e-9))
 
 

@@ -306,5 +306,6 @@ def _agree(one: Tensor, other: Tensor) -> bool:
     if not one.is_floating_point():
         return torch.equal(one, other)
     largest = float(other.abs().max()) if other.numel() else 0.0
+    # Half of the digits of the dtype: far more than rounding takes, far less than other numbers differ by.
     allowed = float(torch.finfo(one.dtype).eps ** 0.5) * max(largest, 1e-30)
     return float((one - other).abs().max()) <= allowed

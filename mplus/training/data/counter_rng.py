@@ -29,6 +29,7 @@ class CounterRNG:
     def below(self, limit: int) -> int:
         """Return a whole number in ``[0, limit)``."""
         self._count += 1
+        # Of 128 bits, so that the remainder favours small numbers by nothing that could be measured.
         return _number(*self._key, self._count) % limit
 
     def between(self, least: int, most: int) -> int:
@@ -37,11 +38,14 @@ class CounterRNG:
 
     def uniform(self) -> float:
         """Return a number in ``[0, 1)``."""
+        # As many bits as a float has: each quotient is exact, and 1 is never reached.
         return self.below(1 << 53) / (1 << 53)
 
 
 def permuted(place: int, count: int, *key: Key) -> int:
     """Return where ``place`` of ``range(count)`` comes in the order named by ``key``, without making all of it."""
+    # Two halves of equally many bits, together just enough for ``count``: a walk takes fewer than four steps on
+    # average.
     bits = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << bits) - 1
     while True:  # a Feistel network permutes 4 ** bits places; walking on until one is below count permutes these

@@ -98,6 +98,7 @@ class RecallBatches(BatchSource):
             known = tokenizer.get_vocab()
             if any(known.get(word) != place for place, word in enumerate(language.vocabulary)):
                 raise ConfigError("data of kind 'recall' needs the tokenizer of the little language: set it in [model]")
+        # So far apart that no two of neighbouring seeds and streams are equal.
         self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + stream) for stream in numbers]
         self._episodes: list[Episode] = []
         self._told = options.episode
@@ -154,8 +155,10 @@ class RecallBatches(BatchSource):
         if options.ages == "all":
             return list(range(chunks - 1, -1, -1))[: options.questions]
         draws = torch.rand(options.questions, generator=generator)
+        # Uniform draws made exponential; the logarithm of 0 would be infinite.
         ages = (-draws.clamp(min=1e-6).log() * options.mean_age).long()
         recent = {"recent": len(draws), "uniform": 0, "mixed": len(draws) // 2}[options.ages]
+        # The other draws are shares of all that was told.
         ages = torch.where(torch.arange(len(draws)) < recent, ages, (draws * self._told).long())
         ages = ages.clamp(max=self._told - 1)
         ages[0] = 0
