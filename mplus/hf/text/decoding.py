@@ -80,6 +80,7 @@ def chosen(forward: Callable[..., DecoderOutput], ids: Tensor, trie: Trie, end: 
             logits = steps.logits(ids.new_tensor([row]))
             offered = torch.tensor([*able, end] if trie.choice is not None else able, device=logits.device)
             best = int(logits[offered].argmax())
+        # Behind all that could go on stands the end.
         if best == len(able):
             break
         trie = trie.next[able[best]]
@@ -107,6 +108,7 @@ def late(
         closes = float(scores[closing[0]])
         scores[closing[0]] = -torch.inf
         other = int(scores.argmax())
+        # Where its first token is not the best one, the whole mark cannot be: only then does it cost another pass.
         if closes >= float(scores[other]) and len(closing) > 1:
             closes += _rest(forward, ids, closing)
         if stopping.step(closes, float(scores[other])) or other == tokenizer.eos_token_id:
@@ -121,5 +123,6 @@ def late(
 def _rest(forward: Callable[..., DecoderOutput], ids: Tensor, closing: Sequence[int]) -> float:
     """Return the log probability of all tokens of ``closing`` but the first, which stands behind ids ``[1, T]``."""
     given = torch.cat([ids, ids.new_tensor([closing[:-1]])], 1)
+    # The last places, one for each token of the mark but the first: each predicts the token behind it.
     scores = forward(input_ids=given).logits[0, 1 - len(closing) :].float().log_softmax(-1)
     return float(scores.gather(1, ids.new_tensor([closing[1:]]).T).sum())

@@ -272,6 +272,7 @@ class KvReads(MemoryMechanism):
         begins = [rows if own else rows[:, :0] for rows, own in zip(kept, alone, strict=True)]
         places = [[state.places(block.chunks) for block in own] for state, own in zip(states, blocks, strict=True)]
         rows = torch.tensor([[len(block) for block in own] for own in places])
+        # The begin is read with the first block, in front of it.
         rows[:, 0] += torch.tensor([begin.shape[1] for begin in begins])
         insertion = Insertion(tokens, rows, room)
         front = Front(decoder.kept, views, [torch.cat(own) for own in places], begins, insertion)
@@ -316,6 +317,7 @@ class KvReads(MemoryMechanism):
             if state.begin_rows.shape[1] or not key:
                 found.append(state.begin_rows)
                 continue
+            # Streams that begin alike, as all of one decoder mostly do, share the pass.
             if key not in made:
                 text = ids[None].to(decoder.shape.device, torch.int64)
                 layers = decoder.run(text, adapter="write", collect={"projected"}).projected

@@ -174,6 +174,7 @@ class SlabLayer:
                 slabs[-1] = _moved([tail], int(min(room, self.sizes.most)), self.allocator)
                 continue  # into the place that there is now behind it
             else:
+                # What the sizes leave free, and no less than what is to be written takes.
                 room = max(min(self._room(tail, left), free), min(left, self.sizes.most))
                 block = self.allocator.allocate(int(room))
                 granted = block.claim(0, left)
@@ -190,6 +191,7 @@ class SlabLayer:
 
     def remove(self, ids: Tensor) -> SlabLayer:
         """Return this layer less the rows with these ids. Raises KeyError naming one that is not there."""
+        # unique sorts, too, so that the ids of a slab lie together.
         gone = {id(slab): places for slab, places in self.find(ids.unique()).parts}
         if not gone:
             return self
@@ -239,6 +241,7 @@ class SlabLayer:
         high = place + 1
         joined = sum(slab.count for slab in slabs[low:high])
         if high < len(slabs) and self._joins(slabs[place], slabs[high]):
+            # A comparison counts as 0 or 1: one neighbour more, if both fit.
             high += joined + slabs[high].count <= self.sizes.most // 2
         slabs[low:high] = [self._rewritten(slabs[low:high], high == len(slabs))]
 

@@ -110,6 +110,7 @@ class Tiers:
         with ordinary_tensors(), self.transfer.on_stream():
             found = {name: self._empty(name, count, self.transfer.device) for name in names}
             with cache.lock:
+                # Copied before the lock is given back: another read may put other rows in these places.
                 here, rest = _take(cache, keys, found, self.transfer.device)
             self.device.hits += len(here)
             if len(rest):
@@ -120,6 +121,7 @@ class Tiers:
                     else self._empty(name, len(rest), torch.device("cpu"))
                     for name in self._names
                 }
+                # In the order in which they come: rows of the host's tier, and behind them those from below.
                 rest = rest[self._from_host(layer, keys[rest], lower, lambda some: below(rest[some]))]
                 sent = {name: self.transfer.to_device(column) for name, column in lower.items()}
                 for name in names if self.transfer.pinned else ():

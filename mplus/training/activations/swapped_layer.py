@@ -67,6 +67,7 @@ class SwappedLayer(LayerRun):
     ) -> None:
         super().__init__(call, hidden, counter)
         self._index, self._copies, self._budget = index, copies, budget
+        # Weak: each layer would else hold on to the one before it, and to all that this one holds.
         self._before = None if before is None else weakref.ref(before)
         self._names: dict[StorageKey, tuple[str, SavedLayout]] = {}
         self._given: list[Tensor] = []
@@ -169,6 +170,7 @@ class SwappedLayer(LayerRun):
         assert group is not None  # noqa: S101  (every tensor got one when the layer was done)
         if group.restored is None:
             self.prefetch()
+            # Backward comes to the layer before next: what it needs travels while this one computes.
             before = None if self._before is None else self._before()
             if before is not None:
                 before.prefetch()
@@ -201,6 +203,8 @@ class SwappedLayer(LayerRun):
         drawn = self._drawn if self._draws else []
         stand_in = AttentionStandIn([output[:, first:] for output in outputs], self._learning, drawn)
         draws = LastTokensDraws(call.batch, call.tokens, first) if self._draws and first else nullcontext()
+        # Dropout has to fall as it did: generators are set to what they were, and tokens that are left out draw as
+        # well.
         with call.random.replayed() if self._draws else nullcontext(), draws:
             found = call.again(hidden[:, first:].contiguous(), stand_in, wanted, self.count, first)
         pieces: dict[Source, Tensor] = {**stand_in.inputs}
