@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import mplus
-from mplus.chat.journal import FILE
+from mplus.chat.journal import FILE, Journal
 from mplus.errors import ConfigError, InputError, MemoryFileError
 from mplus.hf.pretrained.shipped import load_tokenizer
+from mplus.stores.disk.files import FileSystem
 from tests.chat.conftest import kept, new_chat
 
 FACTS = ["Tom has a red ball.", "Lily has a blue hat.", "Ben saw a big dog.", "Sue ate a green pear."]
@@ -210,6 +211,15 @@ def test_a_crash_between_memory_and_journal_writes_nothing_twice(model, tokenize
         with new_chat(model, memory) as again:
             assert again.exchanges == []
         assert len(kept(memory)) == 1
+
+
+def test_the_name_of_a_new_journal_is_synced_once_it_is_there(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        FileSystem, "sync_folder", lambda _, folder: synced.append((folder, (tmp_path / FILE).exists()))
+    )
+    Journal(tmp_path / FILE).write([])
+    assert synced == [(tmp_path, True)]
 
 
 def test_a_damaged_journal_is_refused(model, tokenizer, tmp_path):
