@@ -73,6 +73,7 @@ class TensorGroup:
             found = hashlib.sha256("".join(self.facts).encode())
             for name, tensor in self.named:
                 found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {_sums(tensor)}\n".encode())
+            # A bool counts as 0 or 1: the mark in front of a digest of some of the tensors, or nothing.
             digest = PARTIAL * self._partial + found.hexdigest()[:16]
             self._digest = mark, digest
         return digest
@@ -124,5 +125,6 @@ def _sums(tensor: Tensor) -> tuple[int, ...]:
     for number, piece in enumerate(whole.split(PIECE)):
         long = piece.long()
         first = first + long.sum()
+        # Another odd factor for each piece, so that it shows where two pieces were exchanged.
         second = second + (long * _factors(PIECE, tensor.device)[: len(long)]).sum() * (2 * number + 1)
     return int(first), int(second)  # overflow is as good as any other number

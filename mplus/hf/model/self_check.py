@@ -121,6 +121,7 @@ class _Checks:
         ]
 
     def _prepare(self) -> Found:
+        # Of other tokens than the text: what memory adds must not be what the text says anyway.
         self.view = self._view(self.ids.flip(1) + 1)
         self.noise = measure_noise(self.anatomy, lambda: self.model(input_ids=self.ids).logits, self.engine.dtype)
         return 0.0, True, ""

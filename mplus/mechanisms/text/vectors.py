@@ -93,7 +93,9 @@ class TextVectors:
 
 
 def _ngrams(text: str) -> Tensor:
+    # With a blank at either end, which tells where the first word begins and the last one ends.
     padded = f" {' '.join(text.casefold().split())} "
     grams = [padded[at : at + GRAM] for at in range(max(len(padded) - GRAM + 1, 1))]
+    # Not hash(), which differs from process to process.
     places = torch.tensor([zlib.crc32(gram.encode("utf-8", "surrogatepass")) % WIDTH for gram in grams])
     return torch.bincount(places, minlength=WIDTH).float()

@@ -91,6 +91,7 @@ class Shift:
     def __call__(self, births: Tensor) -> Tensor:
         """Return the new births ``[n]`` int64 of rows, on their device."""
         place = torch.searchsorted(self.starts.to(births.device), births, right=True) - 1
+        # Births in front of the first run move with it.
         shifted: Tensor = births + self.by.to(births.device)[place.clamp(min=0)]
         return shifted
 

@@ -69,12 +69,15 @@ class Folding:
             ids: ``[n]`` int, the tokens of all texts, one behind the other.
             lengths: ``[c]`` int64, tokens of each text.
         """
+        # Ids that the tokenizer has no piece for stand for the last piece, which is empty.
         at = ids.long().clamp(max=len(self.inside) - 1)
         inside = self.inside[at]
+        # One more than there are tokens: the last text ends there.
         first = torch.zeros(len(at) + 1, dtype=torch.bool)
         first[0] = True
         first[lengths.cumsum(0)] = True
         opens = inside & (self.opens[at] | first[:-1])
+        # A word begins behind a piece without a letter, too.
         opens[1:] |= inside[1:] & ~inside[:-1]
         starts = opens.nonzero().squeeze(1)
         numbers, powers = self.numbers[at], self.powers[at]
@@ -85,6 +88,7 @@ class Folding:
             growing, place = growing[within], place[within]
             more = inside[place] & ~opens[place]
             growing, place = growing[more], place[more]
+            # The number of a word is a polynomial in BASE, of its letters: it is the same however the word is cut.
             words[growing] = words[growing] * powers[place] + numbers[place]
             place = place + 1
         text_of = torch.searchsorted(lengths.cumsum(0), starts, right=True)

@@ -45,6 +45,7 @@ class _Known:
     def words_of(self, chunks: Chunks) -> tuple[Tensor, Tensor]:
         """Return the words of chunks, ``[m]``, and how many each has, ``[c]``; kept as long as their ids are."""
         kept: tuple[Tensor, tuple[Tensor, Tensor]] | None = self._words.get(chunks.ids)
+        # The same ids may be asked for in other chunks.
         if kept is not None and kept[0] is chunks.lengths:
             return kept[1]
         words = self.folding.words(chunks.ids, chunks.lengths)
@@ -133,6 +134,7 @@ class WordRetriever(ChunkRetriever):
         return bm25(lengths, words, asked, k1, b, background, relative=True, pairs=pairs)
 
     def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be pickled; what is known of a tokenizer is found out again.
         return {**self.__dict__, "_known": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
