@@ -105,8 +105,10 @@ def without_unused_sources(view: StreamView) -> StreamView:
     numbers = view.state.sources.column("number")
     unused = view.state.sources.column("chunks") > 0
     for found in _numbers_in_use(view):
+        # The cheapest lists come first: long-term rows are looked at only where a source is still in question.
         if not bool(unused.any()):
             break
+        # A number above all others is compared with the last one, which it is not.
         places = torch.searchsorted(numbers, found).clamp(max=len(numbers) - 1)
         unused[places[numbers[places] == found]] = False
     gone = numbers[unused].tolist()

@@ -186,6 +186,7 @@ class Batch:
             prompts, piece = short, None
         else:
             prompts, piece = self.long[0], tokens
+            # A piece of each in turn, so that none waits for all of another one.
             self.long.rotate(-1)
         read = min(tokens, sum(len(row.request.ids) / row.request.copies for row in prompts.rows))
         over, owners = True, list(prompts.rows.values())

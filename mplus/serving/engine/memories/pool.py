@@ -69,6 +69,7 @@ class Pool:
     async def take(self, name: MemoryName) -> Memory:
         """Return a memory, open, which stays so until ``give``. Raises what opening raises."""
         while True:
+            # Looked up anew after every wait: meanwhile it may have been closed, or opened for another request.
             place = self._places.get(name)
             if place is None:
                 if await self._make_room(name):
@@ -90,6 +91,7 @@ class Pool:
         else:
             place.memory, place.bytes, place.first = memory, memory.ram_bytes, version - memory.version
         finally:
+            # In any case: whoever waits for it looks again, and opens it for itself where this has failed.
             place.settled.set()
             await self._tell()
 
