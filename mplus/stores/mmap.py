@@ -161,6 +161,7 @@ class MmapStore(_SegmentReader, MemoryStore):
         """Move the rows in memory to a file."""
         for group in plan_compaction(self.layers):
             path = self.scratch.path()
+            # Not synced: scratch files are of no use after a crash.
             self.layers = compact(self.layers, group, FileSystem(), path, sync=False)[0]
             _remove_with(self.layers, path)
 

@@ -139,6 +139,7 @@ def _tracing(root: nn.Module, cache: Cache) -> Iterator[_Trace]:
         if module is not root:
             handles.append(module.register_forward_pre_hook(trace.before, with_kwargs=True))
             handles.append(module.register_forward_hook(trace.after, with_kwargs=True, always_call=True))
+    # Of this one cache, which stays of its own kind for a decoder that asks.
     cache.__class__ = type(cls.__name__, (cls,), {"update": noting(cls.update)})
     try:
         yield trace
@@ -160,6 +161,8 @@ def discover(model: PreTrainedModel) -> Anatomy:
     name = type(model).__name__
     try:
         with in_eval_mode(model):
+            # Three go into the cache and one is watched: attention is called with a cache that holds something, as in
+            # generation.
             ids = torch.tensor([[1, 2, 3, 4]], device=input_device(model))
             # The decoder makes the cache itself, of the kind that it needs.
             cache = _filled_cache(model, ids[:, :3])

@@ -95,6 +95,7 @@ class Retrieval:
         """Return all chunks above the threshold that have room and do not stand in the prompt, the newest first."""
         chunks = asked.chunks(tokenizer)
         scores = torch.stack([self.retriever.scores(query, chunks) for query in queries]).amax(0)
+        # 0 asks for whatever there is, also for what scores below 0.
         least = self.retriever.threshold(chunks) if self.min_score is None else self.min_score or -torch.inf
         able = ((scores > least) & (chunks.lengths <= asked.room)).nonzero().squeeze(1).flip(0)
         able = able[~standing_in(asked.prompt, chunks, able)]
@@ -105,6 +106,8 @@ class Retrieval:
         if not len(found.chunks):
             return found
         weights = ranking.weights.clone()
+        # Of those that are about as good as the best one the newest comes first: chunks are numbered in order of
+        # writing.
         weights[torch.where(ranking.near, found.chunks, -1).argmax()] = weights.max() + 1
         order = choose(asked.state.chunk_length[found.chunks], weights, asked.room)
         return found.at(order[: self.chunks])
@@ -128,6 +131,7 @@ def standing_in(prompt: Tensor, chunks: Chunks, some: Tensor) -> Tensor:
     found = torch.zeros_like(first)
     for place in first.nonzero().squeeze(1).tolist():
         end, length = int(ends[some[place]]), int(chunks.lengths[some[place]])
+        # Compared with every run of so many ids of the prompt.
         if length <= len(prompt):
             found[place] = bool((prompt.unfold(0, length, 1) == chunks.ids[end - length : end]).all(1).any())
     return found

@@ -112,6 +112,7 @@ class _Group:
         """Sync all records. Raises what is no ``Exception``."""
         futures: dict[int, Future[None]] = {}
         try:
+            # One alone is synced in this thread.
             for place, work in self.syncs.items() if len(self.syncs) > 1 else ():
                 with suppress(RuntimeError):  # the system gives no further thread: it is synced here
                     futures[place] = self.pool.submit(work)
