@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -20,7 +21,7 @@ from mplus.serving.engine.answers.pace import Pace
 from mplus.serving.engine.decoder import ServedDecoder
 from mplus.serving.engine.memories.commands import Commands
 from mplus.serving.engine.memories.lanes import Lanes
-from mplus.serving.engine.memories.opening import opened_memory
+from mplus.serving.engine.memories.opening import copied_memory, opened_memory
 from mplus.serving.engine.memories.pool import Pool
 from mplus.serving.engine.memories.tenants import Tenants
 from mplus.serving.engine.memories.writer import Writer
@@ -126,14 +127,16 @@ class Engine:
         executor = ThreadPoolExecutor(THREADS, thread_name_prefix="mplus-memories")
         pace = Pace(config.turn_seconds)
         tenants = Tenants(config.memories, config.limits)
-        self._pool = Pool(self._opened, config.open_memories, config.ram_bytes, executor, self.metrics)
+        self._pool = Pool(
+            self._opened, config.open_memories, config.ram_bytes, config.lock_seconds, executor, self.metrics
+        )
         self._queue = FairQueue(config.max_batch, config.limits.waiting)
         self._batch = Batch(decoder.model, config.max_batch, decoder.ends, pace, self.metrics)
         writer = Writer(pace, self.metrics, lambda: bool(self._batch.running))
         empty = decoder.model.new_memory(tokenizer=decoder.tokenizer)
         # Nothing changes the weights of a decoder that is served, so they are looked at once.
         weights = empty.engine.weights()
-        self._commands = Commands(tenants, self._pool, Lanes(), writer, executor, empty, weights)
+        self._commands = Commands(tenants, self._pool, Lanes(), writer, executor, self._copied, empty, weights)
         self._tenants, self._pace = tenants, pace
         work = [asyncio.create_task(self._turns()), asyncio.create_task(writer.work())]
         self._started.set()
@@ -148,7 +151,12 @@ class Engine:
         executor.shutdown(wait=True)
 
     def _opened(self, name: MemoryName) -> tuple[Memory, int]:
-        return opened_memory(self._tenants.path(name), self.decoder, self.config)
+        path, first = self._tenants.opening(name)
+        memory, version = opened_memory(path, self.decoder, self.config)
+        return memory, first + version
+
+    def _copied(self, name: MemoryName, file: Path) -> Memory:
+        return copied_memory(self._tenants.path(name), file, self.decoder, self.config)
 
     async def _turns(self) -> None:
         """Take turns for as long as there is something to do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 
 import mplus
 from mplus.errors import LiveMemoryError, MemoryFileError
-from mplus.serving.config import Limits
+from mplus.serving.config import Limits, ServeConfig
 from mplus.serving.drafts import new_draft
 from mplus.serving.engine.decoder import ServedDecoder
+from mplus.serving.engine.memories.opening import opened_memory
 from mplus.serving.engine.memories.tenants import Tenants
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import (
@@ -218,6 +220,64 @@ def test_a_memory_is_exported_imported_and_forked(serve: Serve, decoder: ServedD
     run(copies())
 
 
+def test_what_a_crash_has_left_of_a_fork_is_no_memory(serve: Serve, decoder: ServedDecoder, tmp_path: Path) -> None:
+    """Its directory is made wholly before it has a name; forking again makes it anew, and a start removes it."""
+    copy = MemoryName("tests", "copy")
+
+    async def copied() -> None:
+        client = serve()
+        await client.call(MakeMemory(ADA))
+        await tell(client, ADA, STORY * 3)
+        tenants = client.engine._tenants
+        for _ in range(2):
+            mplus.Memory.open(tenants.path(copy), decoder.model, tokenizer=decoder.tokenizer).close()
+            assert await refused(client.call(ListSources(copy))) == (404, "memory_not_found")
+            assert [one["id"] for one in (await client.call(ListMemories("tests")))["data"]] == ["ada"]
+            await client.call(ForkMemory(ADA, "copy"))
+            assert [one["name"] for one in (await client.call(ListSources(copy)))["data"]] == ["told"]
+            await client.call(DeleteMemory(copy))
+        path = tenants.path(copy)
+        with mplus.Memory.open(path, decoder.model, tokenizer=decoder.tokenizer):  # another server makes it now
+            Tenants(tenants.root, Limits())
+            assert path.exists()
+        Tenants(tenants.root, Limits())
+        assert not path.exists()
+        assert tenants.path(ADA).exists()
+
+    run(copied())
+
+
+@pytest.mark.parametrize("at", ["from_export", "link"])
+def test_a_fork_that_fails_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def copied() -> None:
+        client = serve()
+        await client.call(MakeMemory(ADA))
+        await tell(client, ADA, STORY * 3)
+        before = files_in(tmp := client.engine.config.memories)
+        with monkeypatch.context() as patch:
+            patch.setattr(*((mplus.Memory, "from_export") if at == "from_export" else (os, "link")), fails)
+            assert await refused(client.call(ForkMemory(ADA, "copy"))) == (507, "insufficient_storage")
+        assert files_in(tmp) == before
+        await client.call(ForkMemory(ADA, "copy"))
+
+    run(copied())
+
+
+def test_of_memories_made_at_once_no_more_are_made_than_a_tenant_may_have(serve: Serve) -> None:
+    async def made() -> None:
+        client = serve(limits=Limits(memories=5))
+        makes = [client.call(MakeMemory(MemoryName("tests", f"m{n}"))) for n in range(24)]
+        found = await asyncio.gather(*makes, return_exceptions=True)
+        errors = [one.facts.code for one in found if isinstance(one, ServingError)]
+        assert errors == ["quota_exceeded"] * 19
+        assert len((await client.call(ListMemories("tests")))["data"]) == 5
+
+    run(made())
+
+
 def test_closing_does_not_wait_for_a_novel(serve: Serve) -> None:
     async def closed() -> list[Any]:
         client = serve()
@@ -232,6 +292,11 @@ def test_closing_does_not_wait_for_a_novel(serve: Serve) -> None:
 
     (source,) = run(closed())
     assert 0 < source["chunks"] < 2000
+
+
+def files_in(root: Path) -> list[str]:
+    """The names of all files but that which says with which version new memories begin."""
+    return sorted(file.name for file in root.rglob("*") if file.is_file() and "versions-from" not in file.name)
 
 
 class Crash(Exception):
@@ -258,6 +323,7 @@ def test_a_crash_leaves_a_deleted_memory_whole_or_takes_its_words(decoder: Serve
     with mplus.Memory.open(path, decoder.model, tokenizer=decoder.tokenizer, keep_text=True) as memory:
         memory.write(STORY, source="said")
     whole = sorted(file.name for file in path.iterdir())
+    told = opened_memory(path, decoder, ServeConfig(memories=made))[1]
     for step in range(1, 100):
         root = tmp_path / str(step)
         shutil.copytree(made, root)
@@ -272,14 +338,14 @@ def test_a_crash_leaves_a_deleted_memory_whole_or_takes_its_words(decoder: Serve
         if again.path(ADA).exists():
             assert sorted(file.name for file in again.path(ADA).iterdir()) == whole
         else:
-            assert sorted(file.name for file in root.rglob("*") if file.is_file()) in (
-                [],
-                [again.path(ADA).name + ".json"],
-            )
+            assert files_in(root) in ([], [again.path(ADA).name + ".json"])
         assert again.find(ADA) is not None or not again.path(ADA).exists()
+        if again.find(ADA) is not None and not again.path(ADA).exists():
+            assert again.opening(ADA)[1] > told, "it is empty now, under a version of its own"
         again.remove(ADA)
         assert again.find(ADA) is None
-        assert not [file for file in root.rglob("*") if file.is_file()]
+        assert files_in(root) == []
+        assert again.make(ADA).first > told
     assert step > 5
 
 
@@ -307,7 +373,7 @@ def test_a_deletion_that_fails_leaves_the_memory_or_says_what_is_left(
         if tenants.find(ADA) is not None:
             tenants.remove(ADA)
         Tenants(tmp_path, Limits())
-        assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+        assert files_in(tmp_path) == []
         if not struck:
             break
     assert outcomes == {"refused", "left", "gone"}

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import time
 from typing import Any
 
 import pytest
 
 from mplus.serving.engine.decoder import ServedDecoder
 from mplus.serving.messages import (
+    DeleteMemory,
     DescribeMemory,
     FlushMemory,
     ForgetSource,
+    ForkMemory,
     ListSources,
     MakeMemory,
     MemoryName,
@@ -19,6 +24,7 @@ from mplus.serving.messages import (
     WriteMemory,
 )
 from tests.serving.engine.conftest import ADA, STORY, Serve, ask, run, tell, tokens_of
+from tests.serving.engine.test_memories import refused, version_of
 
 
 @pytest.mark.parametrize("how", ["restarted", "evicted", "released"])
@@ -54,6 +60,93 @@ def test_no_version_is_told_of_two_contents(serve: Serve, how: str) -> None:
     found = run(told())
     assert sorted(set(found)) == found
     assert found[-1] < 2**53  # JSON's numbers
+
+
+@pytest.mark.parametrize("name", [ADA, MemoryName("tests", "default")], ids=lambda name: name.id)
+@pytest.mark.parametrize("how", ["at once", "restarted", "as a fork"])
+def test_no_version_is_told_again_where_a_memory_was_deleted(
+    serve: Serve, decoder: ServedDecoder, name: MemoryName, how: str
+) -> None:
+    async def told() -> list[int]:
+        found: list[int] = []
+        client = serve()
+        other = MemoryName("tests", "other")
+        await client.call(MakeMemory(other))
+        await tell(client, other, STORY)
+        for _ in range(3):
+            if how == "as a fork":
+                made: Any = await client.call(ForkMemory(other, name.id))
+            else:
+                made = await client.call(MakeMemory(name))
+            found.append(made["version"])
+            wrote = await tell(client, name, STORY * 2)
+            version = (await client.call(DescribeMemory(name)))["version"]
+            assert version == wrote["memory_version"] > found[-1]
+            found.append(wrote["memory_version"])
+            await client.call(DeleteMemory(name))
+            if how == "restarted":
+                await client.close()
+                client = serve()
+            if name.id == "default":  # reads as empty, which is another content than before
+                found.append(await version_of(client, ask(decoder, name, "Lily", 1)) - 1)
+        return found
+
+    found = run(told())
+    assert found == sorted(found)
+    assert len(set(found)) == len(found)
+    assert found[-1] < 2**53
+
+
+def test_a_damaged_memory_that_was_deleted_lets_no_version_be_told_again(serve: Serve) -> None:
+    async def told() -> list[int]:
+        client = serve(open_memories=1)
+        await client.call(MakeMemory(ADA))
+        first = (await tell(client, ADA, STORY * 3))["memory_version"]
+        await client.call(MakeMemory(MemoryName("tests", "other")))
+        await client.call(ListSources(MemoryName("tests", "other")))
+        for file in client.engine._tenants.path(ADA).glob("manifest*"):
+            file.write_bytes(b"garbage")
+        await client.call(DeleteMemory(ADA))
+        made: Any = await client.call(MakeMemory(ADA))
+        return [first, made["version"]]
+
+    first, second = run(told())
+    assert second > first
+
+
+def test_memories_that_others_have_locked_keep_nobody_else_waiting(serve: Serve) -> None:
+    """However many there are, and however many ask for one of them."""
+    names = [MemoryName("tests", f"m{n}") for n in range(12)]
+
+    async def asked() -> tuple[float, float]:
+        client = serve(lock_seconds=1.0)
+        for name in (*names, ADA):
+            await client.call(MakeMemory(name))
+        await client.close()
+        client = serve(lock_seconds=1.0)
+        held = []
+        for name in names:
+            folder = client.engine._tenants.path(name)
+            folder.mkdir(exist_ok=True)
+            (folder / "lock").touch()
+            handle = os.open(folder / "lock", os.O_RDWR)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            held.append(handle)
+        begun = time.perf_counter()
+        busy = [asyncio.ensure_future(refused(client.call(ListSources(name)))) for name in names for _ in range(3)]
+        await asyncio.sleep(0.1)
+        await client.call(ListSources(ADA))
+        other = time.perf_counter() - begun
+        assert set(await asyncio.gather(*busy)) == {(503, "memory_busy")}
+        all_told = time.perf_counter() - begun
+        for handle in held:
+            os.close(handle)
+        await asyncio.gather(*(client.call(ListSources(name)) for name in names))
+        return other, all_told
+
+    other, all_told = run(asked())
+    assert other < 0.9
+    assert all_told < 2.5
 
 
 def test_the_limit_of_ram_counts_what_is_not_in_files(serve: Serve, decoder: ServedDecoder) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,7 @@ class Commands:
         lanes: what is being done to each.
         writer: writes texts.
         executor: threads for the disk, and for what takes long.
+        copied: returns the new memory, open, that a file of an export makes of a name.
         empty: what a memory reads as that was never written.
         weights: what the decoder computes with.
     """
@@ -50,6 +51,7 @@ class Commands:
     lanes: Lanes
     writer: Writer
     executor: Executor
+    copied: Callable[[MemoryName, Path], Memory]
     empty: Memory
     weights: WeightsState
 
@@ -130,7 +132,7 @@ class Commands:
             if self.tenants.find(command.memory) is not None:
                 raise already_there(command.memory.id)
             made = await self._run(partial(self.tenants.make, command.memory))
-        return {"id": made.id, "created": made.created, "version": 0}
+        return {"id": made.id, "created": made.created, "version": made.first}
 
     async def _list(self, command: messages.ListMemories) -> Answer:
         made = await self._run(partial(self.tenants.all, command.tenant))
@@ -184,14 +186,16 @@ class Commands:
         }
 
     def version(self, name: MemoryName, memory: Memory, read: int | None = None) -> int:
-        """Return a version of a memory as clients see it; of the default one that was not written yet 0.
+        """Return a version of a memory as clients see it; of the default one that was not written yet the first.
 
         Args:
             name: of the memory.
             memory: itself.
             read: the version that a read saw, as ``memory.version``; None: the present one.
         """
-        return 0 if memory is self.empty else self.pool.version(name, memory.version if read is None else read)
+        if memory is self.empty:
+            return self.tenants.first(name.tenant)
+        return self.pool.version(name, memory.version if read is None else read)
 
     # ------------------------------------------------------------------ copies
 
@@ -210,13 +214,27 @@ class Commands:
         with self.tenants.draft() as file:
             await self._export(messages.ExportMemory(command.memory, str(file)))
             # Only now: what holds a memory open waits for nothing that may wait for it.
-            made = await self._make(messages.MakeMemory(name))
-            try:
-                async with self.changing(name) as memory:
-                    return {**made, **await self._taken_in(name, memory, file)}
-            except BaseException:
-                await self._delete(messages.DeleteMemory(name))
-                raise
+            async with self.lanes.change(name):
+                if self.tenants.find(name) is not None:
+                    raise already_there(name.id)
+                await self._run(partial(self.tenants.check_room, name.tenant, file.stat().st_size))
+                made = await self._run(partial(self._copy, name, file))
+                memory = await self.pool.take(name)
+                try:
+                    sizes = await self._run(partial(MemorySizes.of, memory))
+                    return {"id": made.id, "created": made.created, "version": self.version(name, memory), **sizes}
+                finally:
+                    self.pool.give(name)
+
+    def _copy(self, name: MemoryName, file: Path) -> MadeMemory:
+        """Make a memory of an exported file: there is all of it under its name, or nothing."""
+        try:
+            with ExitStack() as locked, self.tenants.making(name) as made:
+                locked.enter_context(self.copied(name, file))
+        except BaseException:
+            self.tenants.remove_unmade(name)
+            raise
+        return made
 
     async def _taken_in(self, name: MemoryName, memory: Memory, file: Path) -> Answer:
         """Import a file into a memory that is held for it."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from attrs import define, field
 
-from mplus.errors import MPlusError
+from mplus.errors import LiveMemoryError, MPlusError
 from mplus.memory.memory import Memory
 from mplus.serving.engine.metrics import Metrics
 from mplus.serving.engine.refusals import LOG
@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 REPLAYED_BYTES = 2**20
 """A memory with a journal up to this long is closed without a checkpoint: opening reads the journal in no time."""
+PAUSE = 0.02
+"""Seconds after which a memory that was locked is tried again, by no thread in between."""
 
 
 @define(eq=False)
@@ -33,6 +35,7 @@ class Place:
         first: the version, as clients see it, that it had when it was opened.
         settled: set when it has been opened or closed, whatever came of it.
         closing: it is being closed, so what wants it waits and opens it again.
+        error: why it could not be opened, which all that waited for it are told; None: there is none.
     """
 
     memory: Memory | None = None
@@ -41,6 +44,7 @@ class Place:
     first: int = 0
     settled: asyncio.Event = field(factory=asyncio.Event)
     closing: bool = False
+    error: Exception | None = None
 
 
 class Pool:
@@ -49,6 +53,7 @@ class Pool:
     Attributes:
         most: memories that are open at once.
         ram_bytes: that they may take together; None: no limit.
+        lock_seconds: that opening waits for another process to close a memory.
     """
 
     def __init__(
@@ -56,11 +61,12 @@ class Pool:
         opened: Callable[[MemoryName], tuple[Memory, int]],
         most: int,
         ram_bytes: int | None,
+        lock_seconds: float,
         executor: Executor,
         metrics: Metrics,
     ) -> None:
         """Args: ``opened`` is ``opened_memory`` of a name; called in threads of ``executor``."""
-        self.most, self.ram_bytes = most, ram_bytes
+        self.most, self.ram_bytes, self.lock_seconds = most, ram_bytes, lock_seconds
         self._opened, self._executor, self._metrics = opened, executor, metrics
         self._places: OrderedDict[MemoryName, Place] = OrderedDict()
         self._room = asyncio.Condition()
@@ -76,6 +82,8 @@ class Pool:
                     await self._open(name)
             elif place.memory is None or place.closing:
                 await place.settled.wait()
+                if place.error is not None:  # asked for again by each of them, it would keep the last for long
+                    raise place.error
             else:
                 place.users += 1
                 self._places.move_to_end(name)
@@ -84,9 +92,10 @@ class Pool:
     async def _open(self, name: MemoryName) -> None:
         place = self._places[name] = Place()
         try:
-            memory, version = await self._run(lambda: self._opened(name))
-        except BaseException:
+            memory, version = await self._unlocked(name)
+        except BaseException as error:
             del self._places[name]
+            place.error = error if isinstance(error, Exception) else None
             raise
         else:
             place.memory, place.bytes, place.first = memory, memory.ram_bytes, version - memory.version
@@ -94,6 +103,18 @@ class Pool:
             # In any case: whoever waits for it looks again, and opens it for itself where this has failed.
             place.settled.set()
             await self._tell()
+
+    async def _unlocked(self, name: MemoryName) -> tuple[Memory, int]:
+        """Open a memory, once no other process has it. Raises LiveMemoryError: one has it for too long."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.lock_seconds
+        while True:
+            try:
+                return await self._run(lambda: self._opened(name))
+            except LiveMemoryError:
+                if loop.time() >= end:
+                    raise
+            await asyncio.sleep(PAUSE)
 
     async def _make_room(self, name: MemoryName) -> bool:
         """Close idle memories until there is a place for one more. Returns False where ``name`` has come meanwhile."""

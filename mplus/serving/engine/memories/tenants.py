@@ -1,8 +1,9 @@
 """Tenants: which memories there are, whose they are, and where they lie: never under a name that a client chose.
 
 ``DIR/sha256(tenant)/sha256(id)`` is the directory of a memory, and ``DIR/sha256(tenant)/sha256(id).json`` says its
-names. The manifest is made first and goes last: a crash while a memory is deleted leaves it whole, or empty under its
-name. What is left of directories that were deleted goes when the next server starts.
+names. The manifest of an empty memory is made first, that of a copy once its directory is whole; it goes last: a crash
+while a memory is deleted leaves it whole, or empty under its name. Directories that were deleted, or have no manifest,
+go when the next server starts.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from attrs import define
+from attrs import asdict, define, evolve
 
-from mplus.errors import MemoryFileError
+from mplus.errors import LiveMemoryError, MemoryFileError
 from mplus.memory.directory.removal import delete_memory, remove_deleted
+from mplus.memory.format.folder import lock
 from mplus.serving.config import Limits
 from mplus.serving.drafts import new_draft, remove_old_drafts
+from mplus.serving.engine.memories.versions import first_version, raise_first_version, unused_version
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import MemoryName
-from mplus.stores.disk.files import FileSystem
+from mplus.stores.disk.files import FileSystem, Folder
 
 LOG = logging.getLogger(__name__)
 
@@ -45,11 +48,13 @@ class MadeMemory:
         id: as its tenant calls it.
         made: when, in seconds since 1970.
         number: grows in the order of making, within a tenant.
+        first: the version that it began with, as clients see it; no memory of its name had a version as high before.
     """
 
     id: str
     made: float
     number: int
+    first: int = 0
 
     @property
     def created(self) -> str:
@@ -83,38 +88,80 @@ class Tenants:
         return _read(self._manifest(name))
 
     def make(self, name: MemoryName) -> MadeMemory:
-        """Make an empty memory; its directory comes with the first opening.
+        """Make an empty memory; its directory comes with the first opening. Raises as ``making``."""
+        with self.making(name) as made:
+            pass
+        return made
+
+    @contextmanager
+    def making(self, name: MemoryName) -> Iterator[MadeMemory]:
+        """Yield what will be known of a memory while its directory may be made; at the end there is such a memory.
+
+        Where that fails or a crash comes before, there is none. Whoever makes the directory keeps it locked until the
+        end.
 
         Raises:
             ServingError: there is one (409), or the tenant has as many as it may have (413); nothing was made.
         """
         check_id(name.id)
-        others = self.all(name.tenant)
-        if self.limits.memories is not None and len(others) >= self.limits.memories:
-            raise quota_exceeded(f"a tenant may have {self.limits.memories} memories, and there are {len(others)}")
         folder = self._folder(name.tenant)
         self._files.make_folder(folder)
-        if self.path(name).exists() and not self._manifest(name).exists():
-            self._delete(self.path(name))
-        now = time.time()
+        others = self._check_number(name.tenant)
+        self.remove_unmade(name)
         number = max([time.time_ns(), *(other.number + 1 for other in others)])  # clocks may go back
-        content = {"id": name.id, "tenant": name.tenant, "made": now, "number": number}
-        with self.draft() as draft:
-            self._write(draft, json.dumps(content).encode())
+        made = MadeMemory(name.id, time.time(), number, first_version(folder))
+        yield made
+        with self.draft() as draft, Folder.open(folder) as held:
+            self._write(draft, _manifest_of(made, name.tenant))
+            alone = lock(held)  # of two at once the second one counts the first
             try:
+                self._check_number(name.tenant)
                 os.link(draft, self._manifest(name))
             except FileExistsError as error:
                 raise already_there(name.id) from error
+            finally:
+                alone.release()
         self._files.sync_folder(folder)
-        return MadeMemory(name.id, now, number)
+
+    def _check_number(self, tenant: str) -> list[MadeMemory]:
+        """Return the memories of a tenant. Raises ServingError (413): there are as many as it may have."""
+        made = self.all(tenant)
+        if self.limits.memories is not None and len(made) >= self.limits.memories:
+            raise quota_exceeded(f"a tenant may have {self.limits.memories} memories, and there are {len(made)}")
+        return made
+
+    def remove_unmade(self, name: MemoryName) -> None:
+        """Remove the directory of a memory that was not made, which a crash, or a copy that failed, has left."""
+        if self.path(name).exists() and not self._manifest(name).exists():
+            self._delete(self.path(name))
+
+    def first(self, tenant: str) -> int:
+        """Return the version of what a tenant has not made yet."""
+        return first_version(self._folder(tenant))
+
+    def opening(self, name: MemoryName) -> tuple[Path, int]:
+        """Return the directory of a memory that is about to be opened, and the version that it began with."""
+        path, made = self.path(name), self.find(name)
+        if made is None:
+            raise not_made(name.id)
+        # A new one; or a crash has ended its deletion, and what it told before must not be told again.
+        if not path.exists() and (first := self.first(name.tenant)) > made.first:
+            made = evolve(made, first=first)
+            with self.draft() as draft:
+                self._write(draft, _manifest_of(made, name.tenant))
+                draft.replace(self._manifest(name))
+        return path, made.first
 
     def remove(self, name: MemoryName) -> None:
         """Delete a memory that is closed.
 
         Raises MemoryFileError, LiveMemoryError: it cannot be deleted, and is there as before.
         """
-        if self.path(name).exists():
-            self._delete(self.path(name))
+        path, made = self.path(name), self.find(name)
+        if path.exists():
+            if made is not None:
+                raise_first_version(path.parent, made.first + unused_version(path), self._files)
+            self._delete(path)
         self._manifest(name).unlink(missing_ok=True)
         self._files.sync_folder(self._folder(name.tenant))
 
@@ -131,7 +178,12 @@ class Tenants:
     def _remove_deleted(self, folder: Path) -> None:
         try:
             left = remove_deleted(folder, files=self._files)
-        except MemoryFileError as error:  # of one tenant; the others are served
+            unmade = [path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
+            for path in unmade:
+                if not path.with_suffix(".json").exists():
+                    with suppress(LiveMemoryError):  # another server is making it just now
+                        self._delete(path)
+        except (MemoryFileError, OSError) as error:  # of one tenant; the others are served
             LOG.warning("what was deleted cannot be looked for in %s", folder.name, exc_info=error)
         else:
             if left:
@@ -218,10 +270,14 @@ def _digest(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def _manifest_of(made: MadeMemory, tenant: str) -> bytes:
+    return json.dumps({**asdict(made), "tenant": tenant}).encode()
+
+
 def _read(file: Path) -> MadeMemory | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return MadeMemory(content["id"], content["made"], content["number"])
+        return MadeMemory(content["id"], content["made"], content["number"], content.get("first", 0))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
