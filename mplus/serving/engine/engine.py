@@ -26,12 +26,12 @@ from mplus.serving.engine.memories.pool import Pool
 from mplus.serving.engine.memories.tenants import Tenants
 from mplus.serving.engine.memories.writer import Writer
 from mplus.serving.engine.metrics import Metrics
-from mplus.serving.engine.refusals import refusal
+from mplus.serving.engine.refusals import LOG, refusal
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import GRACE, Command, Delivery, EndRow, Event, Generate, MemoryName
 
 THREADS = 8
-"""For opening, closing, tokenising and the disk."""
+"""For opening, closing and the disk; and as many for tokenising and copies, which take longer."""
 COUNTED = 256
 """Tokens of an answer that count for the order of requests, where it may be as long as it likes."""
 
@@ -75,7 +75,8 @@ class Engine:
 
     def submit(self, number: int, request: Command | Generate) -> None:
         """Take a request; what comes of it is delivered under ``number``."""
-        self._call(lambda: self._begin(number, request))
+        if not self._call(lambda: self._begin(number, request)):
+            self._deliver([Delivery(number, error=_failed(), over=True)])
 
     def cancel(self, number: int) -> None:
         """End a request that is not over; nothing more is delivered of it."""
@@ -100,12 +101,19 @@ class Engine:
     def close(self, grace: float = GRACE) -> None:
         """Take no more requests, give those that run so many seconds, end the rest with errors; close all memories."""
         self._call(lambda: self._stop(grace))
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until it has ended, because it was closed, or has failed."""
         self._thread.join()
 
-    def _call(self, function: Callable[[], None]) -> None:
-        if self._thread.is_alive():
-            with suppress(RuntimeError):  # the loop has just ended
+    def _call(self, function: Callable[[], None]) -> bool:
+        """Call a function in the engine's thread. Returns False: it has ended."""
+        with suppress(RuntimeError):  # the loop has just ended
+            if self._thread.is_alive():
                 self._loop.call_soon_threadsafe(function)
+                return True
+        return False
 
     # ------------------------------------------------------------------ in the engine's thread
 
@@ -125,6 +133,7 @@ class Engine:
         self._wake = asyncio.Event()
         decoder, config = self.decoder, self.config
         executor = ThreadPoolExecutor(THREADS, thread_name_prefix="mplus-memories")
+        long = ThreadPoolExecutor(THREADS, thread_name_prefix="mplus-long")
         pace = Pace(config.turn_seconds)
         tenants = Tenants(config.memories, config.limits)
         self._pool = Pool(
@@ -136,11 +145,17 @@ class Engine:
         empty = decoder.model.new_memory(tokenizer=decoder.tokenizer)
         # Nothing changes the weights of a decoder that is served, so they are looked at once.
         weights = empty.engine.weights()
-        self._commands = Commands(tenants, self._pool, Lanes(), writer, executor, self._copied, empty, weights)
+        self._commands = Commands(tenants, self._pool, Lanes(), writer, executor, long, self._copied, empty, weights)
         self._tenants, self._pace = tenants, pace
         work = [asyncio.create_task(self._turns()), asyncio.create_task(writer.work())]
         self._started.set()
-        await self._stopped.wait()
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        await asyncio.wait([stopped, *work], return_when=asyncio.FIRST_COMPLETED)
+        failed = next((task.exception() for task in work if task.done()), None)
+        if failed is not None:  # nobody would be answered any more, and nobody told so
+            LOG.critical("the engine has failed, and ends", exc_info=failed)
+            self._open = False
+            await self._end_all(_failed())
         # In this order: nobody takes turns, nobody writes, memories are closed, and what was said meanwhile is
         # delivered.
         for task in work:
@@ -148,7 +163,8 @@ class Engine:
         writer.close()
         await self._pool.close_all()
         self._flush()
-        executor.shutdown(wait=True)
+        for threads in (executor, long):
+            threads.shutdown(wait=True)
 
     def _opened(self, name: MemoryName) -> tuple[Memory, int]:
         path, first = self._tenants.opening(name)
@@ -275,12 +291,21 @@ class Engine:
         tasks = dict(self._tasks)
         if tasks:
             await asyncio.wait(tasks.values(), timeout=grace)
+        await self._end_all(_closing())
+        self._stopped.set()
+
+    async def _end_all(self, error: ServingError) -> None:
+        """End all requests with an error."""
         for number, task in list(self._tasks.items()):
             task.cancel()
-            self._tell(Delivery(number, error=_closing(), over=True))
+            self._tell(Delivery(number, error=error, over=True))
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()))
-        self._stopped.set()
+
+
+def _failed() -> ServingError:
+    message = "the engine has failed, and is started again if it can be: try again in a while"
+    return ServingError(message, 503, "server_error", code="engine_failed", retry_after=5)
 
 
 def _closing() -> ServingError:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from attrs import define, field
 
@@ -24,6 +24,9 @@ from mplus.serving.engine.refusals import LOG
 from mplus.serving.engine.source import DecoderSource
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import GRACE, Command, Delivery, Generate, ModelFacts
+
+if TYPE_CHECKING:
+    from mplus.serving.engine.engine import Engine
 
 SHORT_LIFE, LONGEST_PAUSE = 10.0, 30.0
 """Seconds: an engine that dies sooner is started again after a pause, which doubles up to the longest."""
@@ -229,6 +232,13 @@ def _end_with_front(loaded: threading.Event) -> None:
             os._exit(1)
 
 
+def _end_with_engine(engine: Engine, closing: threading.Event) -> None:
+    """End this process where its engine has failed, so that the front starts another one."""
+    engine.wait()
+    if not closing.is_set():
+        os._exit(1)
+
+
 def _serve(channel: Connection, source: DecoderSource, config: ServeConfig) -> None:
     """Be the engine's process, until the other side says so or is gone."""
     for which in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a supervisor: the front ends this one in order
@@ -246,6 +256,8 @@ def _serve(channel: Connection, source: DecoderSource, config: ServeConfig) -> N
     loaded.set()
     sender = Sender(channel)
     engine = Engine(decoder, config, sender.send)
+    closing = threading.Event()
+    threading.Thread(target=_end_with_engine, args=(engine, closing), daemon=True).start()
     sender.send(decoder.facts)
     grace = GRACE
     with contextlib.suppress(EOFError, OSError):
@@ -259,4 +271,5 @@ def _serve(channel: Connection, source: DecoderSource, config: ServeConfig) -> N
                     sender.send([Delivery(number, answer=engine.numbers(), over=True)])
                 case Close(grace):
                     break
+    closing.set()
     engine.close(grace)

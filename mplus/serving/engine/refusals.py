@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 from pathlib import Path
 
 from mplus.errors import (
@@ -44,7 +45,7 @@ def refusal(error: BaseException, root: Path | None = None) -> ServingError:
             507, "server_error", code="disk_failed",
         )  # fmt: skip
     if isinstance(error, MemoryFullError):
-        quota = "pinned" in message or "bytes_budget" not in message
+        quota = "pinned" in message  # else it is RAM or the disk of the server
         status, kind = (413, "quota_exceeded") if quota else (507, "insufficient_storage")
         return ServingError(message, status, "invalid_request_error" if quota else "server_error", code=kind)
     if isinstance(error, MemoryMismatchError):
@@ -99,10 +100,6 @@ def _system_error(error: BaseException | None) -> int | None:
 def _without_paths(message: str, root: Path | None) -> str:
     if root is None:
         return message
-    words = []
-    for word in message.split(" "):
-        at = word.find(str(root))
-        # The folder of a memory, and files in it: what stands behind the path, such as a colon, stays.
-        rest = word[len(word.rstrip(":,.'\"")) :] if at >= 0 else ""
-        words.append(word if at < 0 else f"{word[:at]}the memory{rest}")
-    return " ".join(words)
+    # The folder of a memory, and files in it: what stands behind the path, such as a colon, stays.
+    paths = "|".join(re.escape(str(one)) for one in sorted({root, root.absolute()}, key=lambda one: -len(str(one))))
+    return re.sub(rf"(?:{paths})(?:/[^\s:,'\"]*[^\s:,.'\"])?", "the memory", message)

@@ -30,7 +30,7 @@ class KeyBody(Body):
     """``POST /v1/admin/keys``."""
 
     tenant: Id
-    rights: Annotated[list[Right], Field(min_length=1)] | None = None
+    rights: Annotated[list[Right], Field(min_length=1, fail_fast=True)] | None = None
     requests: Annotated[int, Field(ge=1, le=2**20)] | None = None
 
 

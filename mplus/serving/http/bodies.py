@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, TypeVar
@@ -16,11 +17,17 @@ from mplus.serving.http.errors import SHOWN, bad_request, validation_error
 
 MEMORY_ID = r"\A[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}\Z"
 
+LONG = 2**16
+"""Bytes from which on a body is looked through in a thread."""
+
 M = TypeVar("M", bound="Body")
 
 
 class Body(BaseModel):
     """A JSON object with strict types; a field that it does not have is an error.
+
+    Lists in it are to be ``Field(fail_fast=True)``: with a million of faults in one, a client is told of the first, and
+    error objects of all of them would take gigabytes.
 
     Attributes:
         unsupported: names of OpenAI's fields that mean something which this server does not do. Null or an empty list
@@ -37,7 +44,9 @@ class Body(BaseModel):
             return value
         if name := cls.refused(value):
             raise ValueError(f"{name} is not supported")
-        return {name: one for name, one in value.items() if name not in cls.unsupported}
+        unknown = next((name for name in value if name not in cls.model_fields and name not in cls.unsupported), None)
+        # One of them is enough to be refused; a million of them would take a gigabyte of error objects.
+        return {name: one for name, one in value.items() if name in cls.model_fields or name == unknown}
 
     def check(self) -> None:
         """Check what fields have to do with each other. Raises ServingError (400)."""
@@ -75,7 +84,10 @@ async def read_body(request: Request, kind: type[M]) -> M:
         # Other types would let a page of another site post to a server on this machine.
         message = f"content-type must be application/json, got {media[:SHOWN] or 'none'}"
         raise ServingError(message, 415, "invalid_request_error", code="unsupported_media_type")
-    return validated(kind, parse(await request.body()))
+    raw = await request.body()
+    if len(raw) < LONG:
+        return validated(kind, parse(raw))
+    return await asyncio.to_thread(lambda: validated(kind, parse(raw)))
 
 
 def parse(raw: bytes) -> dict[str, JsonValue]:

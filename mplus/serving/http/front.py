@@ -60,6 +60,7 @@ class Front:
         answers: being given now.
         requests: being answered now, all but those for the server's own state.
         of_keys: requests being answered now, by the id of the key they came with.
+        incoming: bytes of memories that are being sent to be taken in, by tenant.
     """
 
     client: EngineClient
@@ -73,6 +74,7 @@ class Front:
     answers: set[Cancellable] = field(factory=set)
     requests: int = 0
     of_keys: Counter[str] = field(factory=Counter)
+    incoming: Counter[str] = field(factory=Counter)
     _decoder: Decoder | None = None
     _loading: asyncio.Lock = field(factory=asyncio.Lock)
 

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mplus.errors import ConfigError
 from mplus.serving.errors import ServingError
 from mplus.serving.http.errors import error_response, internal_error
 from mplus.serving.http.front import Front, shutting_down
@@ -95,6 +96,14 @@ class Gate:
         """Return whom a request comes from. Raises ServingError: it may not come in."""
         if self.front.draining and path not in WHILE_DRAINING:
             raise shutting_down()
+        try:
+            return self._holder(path, headers)
+        except ConfigError as error:
+            logger.error("nobody can be let in: %s", error)
+            message = "the server cannot read its file of keys, and lets nobody in: tell who runs it"
+            raise ServingError(message, 503, "server_error", code="keys_unreadable", retry_after=5) from error
+
+    def _holder(self, path: str, headers: Headers) -> Caller:
         if not self.front.keys.needed:
             _check_local(headers)
             return Caller(LOCAL_TENANT, RIGHTS[:2])
@@ -153,10 +162,10 @@ def _check_local(headers: Headers) -> None:
     request that says where it comes from.
     """
     host, origin = headers.get("host", ""), headers.get("origin")
-    name = urlsplit(f"//{host}").hostname or ""
-    local = name == "localhost"
-    with suppress(ValueError):  # no address, but the name of another machine
-        local = local or ip_address(name).is_loopback
+    local = False
+    with suppress(ValueError):  # no address, but the name of another machine, or none at all
+        name = urlsplit(f"//{host}").hostname or ""
+        local = name == "localhost" or ip_address(name).is_loopback
     if local and origin in (None, f"http://{host}"):
         return
     message = "without keys this server answers programs of this machine only; start it with --admin-key-file"

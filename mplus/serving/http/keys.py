@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Literal, TypeAlias, cast, get_args
 
 from attrs import asdict, define, evolve, field
+from attrs.validators import deep_iterable, in_, instance_of, matches_re, min_len, optional
 from filelock import FileLock
 
-from mplus.config import JsonValue
+from mplus.config import JsonValue, whole
 from mplus.errors import ConfigError
 from mplus.stores.disk.files import FileSystem
 
@@ -57,15 +58,18 @@ class KeyRecord:
         made: ISO 8601 in UTC.
         requests: that may be answered at once; None: no limit but the tenant's.
         revoked: ISO 8601 in UTC; None: it is valid.
+
+    Raises:
+        ValueError, TypeError, ConfigError: it is none, as where a file was edited.
     """
 
-    id: str
-    sha256: str
-    tenant: str
-    rights: tuple[Right, ...]
-    made: str
-    requests: int | None = None
-    revoked: str | None = None
+    id: str = field(validator=matches_re(r"[0-9A-Za-z]+"))
+    sha256: str = field(validator=matches_re(r"[0-9a-f]{64}"))
+    tenant: str = field(validator=[instance_of(str), min_len(1)])
+    rights: tuple[Right, ...] = field(validator=deep_iterable(in_(RIGHTS)))
+    made: str = field(validator=instance_of(str))
+    requests: int | None = field(default=None, validator=whole(1, optional=True))
+    revoked: str | None = field(default=None, validator=optional(instance_of(str)))
 
     def public(self) -> dict[str, JsonValue]:
         """Return what may be shown of it."""
@@ -181,7 +185,7 @@ def _parse(file: Path) -> dict[str, KeyRecord]:
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))["keys"]
         records = [KeyRecord(**{**one, "rights": tuple(one["rights"])}) for one in plain]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f"{file} must be a file of keys as `mplus keys` writes them, and is not: {error}") from error
     return {record.id: record for record in records}
 

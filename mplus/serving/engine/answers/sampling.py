@@ -29,7 +29,8 @@ class Draws:
     @staticmethod
     def of(sampling: Sampling, row: int) -> Draws:
         """Return the draws of the answer number ``row`` to one prompt."""
-        seed = None if sampling.seed is None else sampling.seed + row
+        # As Python takes the absolute value of a seed, rows of a negative one could be the same.
+        seed = None if sampling.seed is None else (sampling.seed + row) % 2**64
         return Draws(sampling, random.Random(seed))  # noqa: S311 - tokens, no secrets
 
 
@@ -66,7 +67,8 @@ def _drawn(logits: Tensor, draws: list[Draws]) -> Tensor:
     """Return ``[n]`` int64, a token of each row by its temperature and ``top_p``."""
     temperature = torch.tensor([one.sampling.temperature for one in draws], dtype=torch.float64)
     place = torch.tensor([one.random.random() for one in draws], dtype=torch.float64)
-    probability = (logits.double() / temperature[:, None]).softmax(1)
+    # Below the highest, so that no temperature is too low to divide by.
+    probability = ((logits.double() - logits.amax(1, keepdim=True)) / temperature[:, None]).softmax(1)
     cut = [row for row, one in enumerate(draws) if one.sampling.top_p < 1]
     found = _at(probability, place)
     for row in cut:

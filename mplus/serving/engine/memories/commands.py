@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
-from attrs import define
+from attrs import define, field
 
 from mplus.config import JsonValue
 from mplus.errors import MemoryFileError
@@ -28,6 +30,8 @@ from mplus.serving.errors import ServingError
 from mplus.serving.messages import MemoryName
 
 T = TypeVar("T")
+LONG_AT_ONCE = 2
+"""Texts that are tokenized, or memories that are copied, at once for a tenant."""
 Answer = Mapping[str, JsonValue]
 
 
@@ -40,7 +44,8 @@ class Commands:
         pool: those that are open.
         lanes: what is being done to each.
         writer: writes texts.
-        executor: threads for the disk, and for what takes long.
+        executor: threads for the disk.
+        long: threads for what takes as long as a text or a memory is.
         copied: returns the new memory, open, that a file of an export makes of a name.
         empty: what a memory reads as that was never written.
         weights: what the decoder computes with.
@@ -51,9 +56,12 @@ class Commands:
     lanes: Lanes
     writer: Writer
     executor: Executor
+    long: Executor
     copied: Callable[[MemoryName, Path], Memory]
     empty: Memory
     weights: WeightsState
+    _held: Counter[str] = field(factory=Counter, init=False)
+    _turns: WeakValueDictionary[str, asyncio.Semaphore] = field(factory=WeakValueDictionary, init=False)
 
     async def answer(self, command: messages.Command) -> Answer:
         """Return the answer to a command. Raises ServingError, and what mplus raises."""
@@ -123,6 +131,26 @@ class Commands:
 
     async def _run(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.executor, function)
+
+    async def _run_long(self, tenant: str, function: Callable[[], T]) -> T:
+        """Call what may take long, few of a tenant at once, so that others are not kept waiting by it."""
+        async with self._turns.setdefault(tenant, asyncio.Semaphore(LONG_AT_ONCE)):
+            return await asyncio.get_running_loop().run_in_executor(self.long, function)
+
+    @asynccontextmanager
+    async def _room(self, tenant: str, more: int) -> AsyncIterator[None]:
+        """Hold room for bytes that are about to be written, which what else a tenant writes meanwhile cannot have.
+
+        Raises ServingError (413): there is none.
+        """
+        self._held[tenant] += more
+        try:
+            await self._run(partial(self.tenants.check_room, tenant, self._held[tenant]))
+            yield
+        finally:
+            self._held[tenant] -= more
+            if not self._held[tenant]:
+                del self._held[tenant]
 
     # ------------------------------------------------------------------ memories
 
@@ -201,7 +229,10 @@ class Commands:
 
     async def _export(self, command: messages.ExportMemory) -> Answer:
         async with self.reading(command.memory) as memory:
-            return {"id": command.memory.id, "bytes": await self._run(partial(memory.export, command.to))}
+            return {
+                "id": command.memory.id,
+                "bytes": await self._run_long(command.memory.tenant, partial(memory.export, command.to)),
+            }
 
     async def _import(self, command: messages.ImportMemory) -> Answer:
         name = command.memory
@@ -217,8 +248,8 @@ class Commands:
             async with self.lanes.change(name):
                 if self.tenants.find(name) is not None:
                     raise already_there(name.id)
-                await self._run(partial(self.tenants.check_room, name.tenant, file.stat().st_size))
-                made = await self._run(partial(self._copy, name, file))
+                async with self._room(name.tenant, file.stat().st_size):
+                    made = await self._run_long(name.tenant, partial(self._copy, name, file))
                 memory = await self.pool.take(name)
                 try:
                     sizes = await self._run(partial(MemorySizes.of, memory))
@@ -243,9 +274,9 @@ class Commands:
                 f"a memory must be empty to take an export in, and {name.id!r} is not: make another one",
                 409, "conflict_error", code="memory_not_empty",
             )  # fmt: skip
-        await self._run(partial(self.tenants.check_room, name.tenant, file.stat().st_size))
         try:
-            await self._run(partial(memory.import_, file))
+            async with self._room(name.tenant, file.stat().st_size):
+                await self._run_long(name.tenant, partial(memory.import_, file))
         except MemoryFileError as error:
             if disk_is_full(error):
                 raise
@@ -264,9 +295,9 @@ class Commands:
     async def _write(self, command: messages.WriteMemory) -> Answer:
         name = command.memory
         async with self.changing(name) as memory:
-            write = await self._run(partial(MemoryWrite.of, memory, command, self.weights))
-            await self._run(partial(self.tenants.check_room, name.tenant, write.bytes))
-            await self.writer.write(write)
+            write = await self._run_long(name.tenant, partial(MemoryWrite.of, memory, command, self.weights))
+            async with self._room(name.tenant, write.bytes):
+                await self.writer.write(write)
             return {**write.done(), "memory_version": self.version(name, memory)}
 
     async def _flush(self, command: messages.FlushMemory) -> Answer:
@@ -302,7 +333,7 @@ class Commands:
 
     async def _search(self, command: messages.SearchMemory) -> Answer:
         async with self.reading(command.memory) as memory:
-            found = await self._run(partial(memory.search, command.text, command.k))
+            found = await self._run_long(command.memory.tenant, partial(memory.search, command.text, command.k))
         return {
             "data": [
                 {

@@ -157,4 +157,7 @@ def _moment(expires: float | str) -> datetime | timedelta:
         raise InputError(f"expires must be seconds or an ISO 8601 time with a timezone, got {expires!r:.80}") from error
     if moment.tzinfo is None:
         raise InputError(f"expires must have a timezone, got {expires!r:.80}")
-    return moment.astimezone(UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise InputError(f"expires must be a time of the years 1 to 9999 in UTC, got {expires!r:.80}") from error

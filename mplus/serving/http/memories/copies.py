@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from attrs import define
 from fastapi import APIRouter
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -25,7 +26,7 @@ BUFFER = 2**20
 
 
 @router.get(f"{ROUTE}/export")
-async def export(memory_id: str, front: FrontOf, caller: Reader) -> Response:
+async def export(memory_id: str, request: Request, front: FrontOf, caller: Reader) -> Response:
     """Send a snapshot of a memory."""
     memory = path_memory(caller, memory_id)
     file = _new_file(front)
@@ -36,7 +37,10 @@ async def export(memory_id: str, front: FrontOf, caller: Reader) -> Response:
         raise
     name = f"{memory.id.replace(':', '_')}.mplus"
     done = BackgroundTask(file.unlink, missing_ok=True)
-    return FileResponse(file, media_type="application/octet-stream", filename=name, background=done)
+    # The next request sends another snapshot, of which no range would fit to this one.
+    request.scope["headers"] = [(key, value) for key, value in request.scope["headers"] if key != b"range"]
+    headers = {"accept-ranges": "none"}
+    return FileResponse(file, headers=headers, media_type="application/octet-stream", filename=name, background=done)
 
 
 @router.post(f"{ROUTE}/import")
@@ -44,23 +48,59 @@ async def import_memory(memory_id: str, request: Request, front: FrontOf, caller
     """Take an exported memory into a made, empty one."""
     memory = path_memory(caller, memory_id)
     await front.call(DescribeMemory(memory))
-    room = await _room(front, caller.tenant)
-    _check_room(int(request.headers.get("content-length", "0") or 0), room)
+    room = Room(front, caller.tenant, await _room(front, caller.tenant))
+    room.check(int(request.headers.get("content-length", "0") or 0))
     file = _new_file(front)
     try:
         await _receive(request, file, room)
         return JSONResponse(await front.call(ImportMemory(memory, str(file))))
     finally:
         file.unlink(missing_ok=True)
+        room.give()
 
 
-async def _receive(request: Request, file: Path, room: int | None) -> None:
+@define(eq=False)
+class Room:
+    """The room for a body that a tenant sends, besides those that it sends at the same time.
+
+    Attributes:
+        front: counts the bytes of all.
+        tenant: whose they are.
+        bytes: that all may have; None: there is no limit.
+        size: of this body, so far.
+    """
+
+    front: Front
+    tenant: str
+    bytes: int | None
+    size: int = 0
+
+    def check(self, more: int) -> None:
+        """Raise ServingError (413) where there is no room for so many bytes more."""
+        if self.bytes is not None and self.front.incoming[self.tenant] + more > self.bytes:
+            message = f"the tenant has room for {self.bytes} bytes more on the disk, for all that it sends now"
+            raise ServingError(message, 413, "invalid_request_error", code="quota_exceeded")
+
+    def take(self, more: int) -> None:
+        """Count so many bytes more. Raises ServingError (413)."""
+        self.check(more)
+        self.size += more
+        self.front.incoming[self.tenant] += more
+
+    def give(self) -> None:
+        """Count the body no more."""
+        self.front.incoming[self.tenant] -= self.size
+        self.size = 0
+        if not self.front.incoming[self.tenant]:
+            del self.front.incoming[self.tenant]
+
+
+async def _receive(request: Request, file: Path, room: Room) -> None:
     """Write the body to a file, in the pieces in which it comes."""
-    size, pending = 0, bytearray()
-    with file.open("wb") as opened, _disk_errors():
+    pending = bytearray()
+    with _disk_errors(), file.open("wb") as opened:  # closing writes, too
         async for piece in request.stream():
-            size += len(piece)
-            _check_room(size, room)
+            room.take(len(piece))
             pending += piece
             if len(pending) >= BUFFER:
                 await asyncio.to_thread(opened.write, bytes(pending))
@@ -75,12 +115,6 @@ async def _room(front: Front, tenant: str) -> int | None:
         return None
     used = (await front.call(DescribeUsage(tenant))).get("disk_bytes", 0)
     return max(limit - (used if isinstance(used, int) else 0), 0)
-
-
-def _check_room(size: int, room: int | None) -> None:
-    if room is not None and size > room:
-        message = f"the tenant has room for {room} bytes more on the disk"
-        raise ServingError(message, 413, "invalid_request_error", code="quota_exceeded")
 
 
 def _new_file(front: Front) -> Path:

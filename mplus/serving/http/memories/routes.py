@@ -84,6 +84,7 @@ async def search(memory_id: str, request: Request, front: FrontOf, caller: Reade
     """Say what a read would bring back."""
     memory = path_memory(caller, memory_id)
     body = await read_body(request, SearchBody)
+    await (await front.decoder()).tokenizer.prompt(body.text, "text")  # a decoder reads it, as a prompt
     return JSONResponse(await front.call(SearchMemory(memory, body.text, body.k)))
 
 

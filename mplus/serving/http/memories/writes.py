@@ -15,7 +15,7 @@ from mplus.serving.http.errors import bad_request
 from mplus.serving.http.front import FrontOf, Writer
 from mplus.serving.http.memories.names import LONGEST_SOURCE, path_memory
 from mplus.serving.http.memories.routes import ROUTE
-from mplus.serving.http.openai.schemas import ChatMessage
+from mplus.serving.http.openai.schemas import MOST_MESSAGES, ChatMessage
 from mplus.serving.messages import FlushMemory, WriteMemory
 
 router = APIRouter()
@@ -27,7 +27,7 @@ class WriteBody(Body):
     """``POST /v1/memories/{id}/write``: a text, or messages."""
 
     text: Annotated[str, Field(min_length=1)] | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)] | None = None
     source: Annotated[str, Field(min_length=1, max_length=LONGEST_SOURCE)]
     expires: Annotated[float, Field(gt=0, le=YEARS_100)] | str | None = None
     pin: bool | None = None

@@ -20,7 +20,7 @@ from mplus.serving.http.front import FrontOf, Reader, memory_name, record_of
 from mplus.serving.http.openai.remember import rememberer
 from mplus.serving.http.openai.rows import Delta, Reply
 from mplus.serving.http.openai.running import JsonObject, Run, frame
-from mplus.serving.http.openai.schemas import ChatMessage, Remembering, TokenCount
+from mplus.serving.http.openai.schemas import MOST_MESSAGES, ChatMessage, Remembering, TokenCount
 from mplus.serving.messages import Generate
 
 router = APIRouter()
@@ -46,7 +46,7 @@ class ResponsesBody(Remembering):
             "user",
         }
     )  # fmt: skip
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=4096)]
+    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
     store: Literal[False] | None = None

@@ -12,6 +12,8 @@ from mplus.serving.messages import Sampling
 
 MOST = 2**20
 """Tokens that may be asked for, all answers of a request together."""
+MOST_MESSAGES = 4096
+"""Messages of a conversation, and parts of a message."""
 TokenCount = Annotated[int, Field(ge=1, le=MOST)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 SourceName = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -62,7 +64,7 @@ class CompletionFields(GenerationBody):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     max_tokens: TokenCount | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
     @property
@@ -100,7 +102,7 @@ class ChatMessage(Body):
 
     unsupported = frozenset({"refusal", "annotations", "audio", "tool_calls", "function_call"})
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES, fail_fast=True)]
     name: SourceName | None = None
     tool_call_id: str | None = None
 
@@ -134,7 +136,7 @@ class ChatBody(CompletionFields, Remembering):
             "store", "tool_choice", "tools", "user", "verbosity", "web_search_options",
         }
     )  # fmt: skip
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -158,9 +160,12 @@ class CompletionBody(CompletionFields):
     )
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=32)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=32)]
+        | Annotated[list[str], Field(min_length=1, max_length=32, fail_fast=True)]
+        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, max_length=32, fail_fast=True),
+        ]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
