@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, cast, get_args
 
 from attrs import asdict, define, evolve, field
-from attrs.validators import deep_iterable, in_, instance_of, matches_re, min_len, optional
+from attrs.validators import deep_iterable, in_, instance_of, matches_re, optional
 from filelock import FileLock
 
 from mplus.config import JsonValue, whole
@@ -65,7 +65,7 @@ class KeyRecord:
 
     id: str = field(validator=matches_re(r"[0-9A-Za-z]+"))
     sha256: str = field(validator=matches_re(r"[0-9a-f]{64}"))
-    tenant: str = field(validator=[instance_of(str), min_len(1)])
+    tenant: str = field(validator=matches_re(r"(?s).+"))
     rights: tuple[Right, ...] = field(validator=deep_iterable(in_(RIGHTS)))
     made: str = field(validator=instance_of(str))
     requests: int | None = field(default=None, validator=whole(1, optional=True))

@@ -168,7 +168,7 @@ def test_a_first_key_closes_the_server_and_revoking_it_does_not_open_it(http, tm
     error_of(http.get("/v1/models", headers=bearer(key)), 401)
     error_of(http.get("/v1/models"), 401)
     (tmp_path / "keys.json").unlink()
-    error_of(http.get("/v1/models"), 500)
+    error_of(http.get("/v1/models"), 503)
 
 
 def test_a_damaged_file_of_keys_lets_nobody_in(tmp_path):
