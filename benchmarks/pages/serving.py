@@ -82,6 +82,11 @@ MEASUREMENTS = {
     "kill9-engine": Measurement(
         "Its engine killed while it writes", "The same where the engine's process alone is killed, and started again."
     ),
+    "kill-copies": Measurement(
+        "Killed while it copies",
+        "SIGKILL of the server, of its engine, and SIGTERM, in imports, forks and exports: nothing half is there, the "
+        "same request succeeds afterwards, and every other memory is as it was.",
+    ),
     "soak": Measurement(
         "Twenty minutes", "16 users for 20 minutes: resident memory stays within 5 %, file descriptors constant."
     ),

@@ -44,6 +44,18 @@ def test_a_stream_comes_in_pieces_and_a_client_that_leaves_makes_room(told):
     assert told.metric("mplus_batch_rows") == 0
 
 
+def test_a_row_that_its_stop_string_ended_is_generated_no_further_by_the_engine_that_has_it(told):
+    tokens = "mplus_generated_tokens_total"
+    body = {**QUESTION, "memory": MEMORIES[4], "n": 2, "temperature": 1, "seed": 5, "max_tokens": 400}
+    first, second = (choice["text"] for choice in told.ask("/v1/completions", body)["choices"])
+    stop = next(f" {word} " for word in first.split()[3:] if f" {word} " not in second)
+    before = told.metric(tokens)
+    answer = told.ask("/v1/completions", {**body, "stop": stop})
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop", "length"]
+    assert [choice["text"] for choice in answer["choices"]] == [first.partition(stop)[0], second]
+    assert told.metric(tokens) - before < 700, "all of both rows are 800"
+
+
 def test_a_source_of_any_name_is_forgotten(told):
     name = "a/b ?#%<b>\n"
     told.ask(f"/v1/memories/{MEMORIES[2]}/write", {"text": FACT, "source": name})
