@@ -149,7 +149,7 @@ class Gate:
 
     def _end(self, record: RequestRecord, scope: Scope) -> None:
         record.route = getattr(scope.get("route"), "path", "unknown")
-        if record.reason == "-" and record.status >= 400:
+        if record.reason in {"-", "disconnect"} and record.status >= 400:  # who got an error was still there
             record.reason = "disconnect" if record.status == 499 else "error"
         record.write()
         self.front.metrics.requests.labels(record.route, str(record.status), record.reason).inc()

@@ -66,7 +66,9 @@ class EngineMetrics(Collector):
     _own: set[str] = field(factory=set, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._own |= {name for metric in self.registry.collect() for name in (metric.name, f"{metric.name}_total")}
+        # Of a histogram "_count" and "_sum" as well: Prometheus refuses a page that says one name twice.
+        ends = ("", "_total", "_count", "_sum", "_bucket", "_created")
+        self._own |= {metric.name + end for metric in self.registry.collect() for end in ends}
         self.registry.register(self)
 
     def collect(self) -> Iterable[GaugeMetricFamily]:

@@ -98,7 +98,8 @@ class RecordingEngine:
         return ModelFacts("stories", self.folder, 512, 512, "kv", 1_700_000_000)
 
     async def metrics(self):
-        return {"open_memories": float(len(self.memories)), "requests_running": 99.0}
+        counts = {"open_memories": float(len(self.memories)), "requests_running": 99.0}
+        return {**counts, "time_to_first_token_seconds_count": 99.0}
 
     async def close(self) -> None:
         self.closed = True

@@ -8,6 +8,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from mplus.errors import ConfigError
@@ -213,9 +214,14 @@ def test_one_line_of_the_log_for_each_request(keyed, ada, caplog):
 def test_metrics(keyed, ada):
     keyed.post("/v1/completions", json={**HELLO, "memory": None}, headers=ada)
     keyed.get("/v1/memories/secret-name", headers=ada)
+    keyed.post("/v1/completions", json={**HELLO, "memory": "secret-name"}, headers=ada)
     text = keyed.get("/metrics", headers=bearer(ADMIN)).text
     assert 'mplus_requests_total{reason="length",route="/v1/completions",status="200"} 1.0' in text
     assert 'route="/v1/memories/{memory_id}",status="404"} 1.0' in text
+    assert 'mplus_requests_total{reason="error",route="/v1/completions",status="404"} 1.0' in text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    named = {(sample.name, frozenset(sample.labels.items())) for sample in samples}
+    assert len(named) == len(samples), "Prometheus refuses a sample that is there twice"
     for line in (
         "mplus_requests_running 0.0", "mplus_requests_waiting 0.0", "mplus_time_to_first_token_seconds_count 1.0",
         "mplus_open_memories 0.0", "mplus_generated_tokens_total 2.0",
