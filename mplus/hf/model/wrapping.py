@@ -23,6 +23,7 @@ from mplus.config import PUBLISHED, JsonValue, MPlusConfig
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.adapters.fingerprint import digest
 from mplus.hf.adapters.lora import add_adapters, remove_adapters
+from mplus.hf.cache_names import check_cache_name
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.installed import Installed, WrappedModel, decoder_inside, is_peft_model
 from mplus.hf.model.model_class import memory_model_class
@@ -89,7 +90,7 @@ def wrap(
     Raises:
         NotSupported: the decoder cannot carry a memory; the message says why, and ``details`` has every finding. Or
             adapters of your own are merged into it, or have a name of ours, "write" or "read"; with ``adapters=None``
-            in the config only ``save_pretrained`` refuses these.
+            in the config only ``save_pretrained`` refuses these. Or transformers is a release that cannot be read.
         ConfigError, UnknownNameError, PluginError: the config does not fit, or ``tokenizer`` is none.
 
     Warns:
@@ -109,6 +110,7 @@ def wrap(
         return model
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}")
+    check_cache_name()
     config = as_memory_config(config)
     decoder = _decoder(model)
     kind = MECHANISMS.get(config.mechanism.name)
