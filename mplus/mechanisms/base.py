@@ -162,6 +162,7 @@ class MemoryMechanism(IndexedMechanism):
             device=shape.device,
             projected_size=projected_size,
             keeps_hidden=kept != "projected",
+            transposed_keys=self.retriever is not None and self.retriever.transposed_keys,
         )
 
     def layer_of(self, part: int) -> int:

@@ -56,6 +56,7 @@ class LinearRetriever(Retriever):
     def __init__(self, shape: RetrieverShape, options: Retriever.Options | None = None) -> None:
         super().__init__(shape, options)
         self.key_size = self.options.width
+        self.transposed_keys = self.options.score == "mean_dot"
         self.query_proj = nn.ModuleList(_projector(shape.hidden_size, self.options) for _ in range(shape.layers))
         self.key_proj = nn.ModuleList(_projector(shape.hidden_size, self.options) for _ in range(shape.layers))
         if self.options.encoder_queries:

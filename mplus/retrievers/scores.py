@@ -106,7 +106,7 @@ def _scored(name: str, groups: Sequence[Tensor], shares: Sequence[Tensor], keys:
 
 def _times_one(keys: Tensor, vector: Tensor) -> Tensor:
     """Multiply float32 ``keys`` ``[m, r]`` by one vector ``[r]``, to ``[m]``."""
-    if keys.device.type != "cpu" or keys.shape[1] < WIDE:
+    if keys.device.type != "cpu" or keys.shape[1] < WIDE or keys.stride(0) == 1:
         return torch.mv(keys, vector)
     # The product by two vectors reads wide rows from memory twice as fast as the product by one, so it is taken twice.
     return torch.mm(keys, torch.stack([vector, vector]).T)[:, 0].contiguous()

@@ -53,6 +53,7 @@ class StoreLayout:
         key_dtype: dtype of ``key``, where it is another one; None: ``dtype``.
         extra: name, shape of one row and dtype of each column in ``MemoryRows.extra``; none of them has the name of
             another column.
+        transposed_keys: keys lie best as ``[r, m]`` (see ``Retriever``); a store need not, and layouts compare equal.
     """
 
     layers: int
@@ -65,6 +66,7 @@ class StoreLayout:
     keeps_hidden: bool = True
     key_dtype: torch.dtype | None = None
     extra: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = field(default=(), validator=_check_extra)
+    transposed_keys: bool = field(default=False, eq=False)
 
     @property
     def row_bytes(self) -> int:

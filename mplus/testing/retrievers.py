@@ -84,6 +84,7 @@ class RetrieverConformance:
             hidden_size=retriever.shape.hidden_size,
             key_size=retriever.key_size,
             dtype=dtype,
+            transposed_keys=retriever.transposed_keys,
         )
         store = self.make_store(layout)
         rows = draw_rows(attrs.evolve(layout, key_size=0, dtype=torch.float32), count + 2, seed)

@@ -16,7 +16,7 @@ from mplus.stores.base import Column, Content, MemoryStore, StoreLayout, StoreVi
 from mplus.testing.drawing import draw_rows
 from mplus.testing.strategies import sizes
 
-LAYOUT = StoreLayout(layers=2, hidden_size=3, key_size=2, expiry=True)
+LAYOUT = StoreLayout(layers=2, hidden_size=3, key_size=2, expiry=True, transposed_keys=True)
 COLUMNS: tuple[Column, ...] = ("birth", "source", "key", "expiry")
 CONTENT: tuple[Content, ...] = ("hidden", "projected")
 

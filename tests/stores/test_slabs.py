@@ -251,3 +251,22 @@ def test_a_limited_layer_keeps_within_its_bytes_even_where_columns_are_large():
             store.remove(0, store.ids(0)[:excess])
         assert store.nbytes <= store.bytes_for(400) == 450 * store.bytes_per_row
     assert max(slab.block.nbytes for slab in store.slab_layers[0].slabs) > block.KEPT_BYTES
+
+
+def test_transposed_keys_are_the_same_keys_after_every_change():
+    plain = attrs.evolve(LAYOUT, key_size=24)
+    stores = [RamStore(layout) for layout in (plain, attrs.evolve(plain, transposed_keys=True))]
+    for number in range(4):
+        rows = draw_rows(plain, 700, number)
+        for store in stores:
+            store.append(0, rows)
+            store.remove(0, store.ids(0)[1::3])
+    for store in stores:
+        store.remove(0, store.ids(0)[:-40])  # the rest moves to a block of its own
+    wanted, found = (store.column(0, "key") for store in stores)
+    assert torch.equal(found, wanted)
+    assert torch.equal(stores[1].gather(0, stores[1].ids(0)[[3, 1]]).key, wanted[[3, 1]])
+    (slab,) = slabs_of(stores[1])
+    assert slab.column("key").stride(0) == 1, "they lie transposed"
+    assert slab.column("hidden").stride(0) == 16
+    assert slabs_of(stores[0])[0].column("key").stride(0) == 24

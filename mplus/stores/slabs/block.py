@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mplus.stores.base import StoreLayout
 
 
+TURNED = 256
+"""Rows at a time that are copied to where they lie transposed."""
 KEPT_BYTES = 2**20
 """Columns below this size are left to the system's allocator, which keeps small pieces of memory itself."""
 
@@ -27,7 +29,7 @@ class Block:
     """Preallocated columns of equal capacity, the ids among them. A place is written once and never changes.
 
     Attributes:
-        columns: name -> ``[capacity, ...]``; those of ``block_columns``.
+        columns: name -> ``[capacity, ...]``; those of ``block_columns``. Keys may lie transposed in memory.
         capacity: rows there is room for.
         home: the allocator it came from; a layer writes only into blocks of its own allocator.
     """
@@ -62,12 +64,7 @@ class Block:
                 rows = source.shape[0] if index is None else index.shape[0]
                 # Through .data: places that others look at stay as they are, so autograd need not hear of this.
                 target = self.columns[name].data[start : start + rows]
-                if index is None:
-                    target.copy_(source)
-                elif source.dtype == target.dtype and source.device == target.device:
-                    torch.index_select(source, 0, index, out=target)
-                else:
-                    target.copy_(source.index_select(0, index))
+                _copy(target, source, index)
 
 
 class Allocator(ABC):
@@ -111,7 +108,8 @@ class RamAllocator(Allocator):
         """Return an empty block with room for ``rows`` rows (at least 1) whose ``home`` is this allocator."""
         with ordinary_tensors():
             columns = {
-                name: self._empty((rows, *shape), dtype) for name, (shape, dtype) in block_columns(self.layout).items()
+                name: self._column(name, rows, shape, dtype)
+                for name, (shape, dtype) in block_columns(self.layout).items()
             }
         return Block(columns, home=self)
 
@@ -122,6 +120,11 @@ class RamAllocator(Allocator):
     @property
     def spare_bytes(self) -> int:
         return sum(memory.shape[0] for memory in list(self._spare.values()))
+
+    def _column(self, name: str, rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if name != "key" or not self.layout.transposed_keys or self.layout.device.type != "cpu":
+            return self._empty((rows, *shape), dtype)
+        return self._empty((*shape, rows), dtype).T
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -160,6 +163,27 @@ class RamAllocator(Allocator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+def _copy(target: Tensor, source: Tensor, index: Tensor | None) -> None:
+    """Copy the rows of ``source`` at ``index``, or all of them, to ``target`` ``[n, ...]``."""
+    if _is_transposed(target) and not _is_transposed(source):
+        rows = source if index is None else source.index_select(0, index)
+        # So few at a time stay in the cache while they are turned round, which is ten times as fast as all at once.
+        for own, given in zip(target.split(TURNED), rows.split(TURNED), strict=True):
+            own.copy_(given)
+    elif index is None:
+        target.copy_(source)
+    elif source.dtype != target.dtype or source.device != target.device:
+        target.copy_(source.index_select(0, index))
+    elif _is_transposed(target):
+        torch.gather(source.T, 1, index.expand(target.shape[1], -1), out=target.T)
+    else:
+        torch.index_select(source, 0, index, out=target)
+
+
+def _is_transposed(column: Tensor) -> bool:
+    return column.dim() == 2 and column.stride(0) == 1 < column.stride(1)
 
 
 def block_columns(layout: StoreLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -153,6 +153,12 @@ def test_the_config_says_how_rows_are_kept(rows: Any) -> None:
     reads_a_memory(model)
 
 
+@pytest.mark.parametrize(("score", "transposed"), [("mean_dot", True), ("sigmoid_mean", False)])
+def test_keys_lie_in_memory_as_the_retriever_reads_them(score: str, transposed: bool) -> None:
+    model = mplus.wrap(BY_NAME["llama"].build(), {**SIZES, "retriever": {"name": "linear", "score": score}})
+    assert model.new_memory().stores[0].layout.transposed_keys == transposed
+
+
 def test_rows_that_cannot_be_kept_projected_are_refused_with_the_reason() -> None:
     model = BY_NAME["falcon-new"].build()
     with pytest.raises(NotSupported, match=r"memory_rows='projected' cannot be had .* computes attention by itself"):
