@@ -232,14 +232,28 @@ class RandomRows:
     oldest: tuple[Tensor, ...]
     long_term: tuple[Tensor, ...] = ()
     keys: tuple[Tensor, ...] = ()
+    _transposed: list[MemoryStore] = field(factory=list)
+
+    def store_for(self, engine: DecoderEngine) -> MemoryStore:
+        """Return the store, or, where a CPU reads keys in another order, one with the same rows in that order."""
+        layout, made = engine.layout, self._transposed
+        if layout.device.type != "cpu" or layout.transposed_keys == self.store.layout.transposed_keys:
+            return self.store
+        if not made:
+            made.append(STORES.build(engine.config.store, layout))
+            for layer in range(layout.layers):
+                for ids in self.store.ids(layer).split(BLOCK):
+                    made[0].append(layer, self.store.gather(layer, ids))
+        return made[0]
 
     def memory(self, engine: DecoderEngine, streams: int = 1, seed: int = 0) -> Memory:
         """Return a memory of ``streams`` independent streams, each with all rows."""
+        store = self.store_for(engine)
         return Memory(
             Streams(
                 engine,
                 [self.state] * streams,
-                [self.store.fork() for _ in range(streams)],
+                [store.fork() for _ in range(streams)],
                 [torch.Generator().manual_seed(seed + row) for row in range(streams)],
                 EVICTION.build(engine.config.eviction),
             )

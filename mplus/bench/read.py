@@ -160,7 +160,7 @@ def _time_after(whole: BenchmarkFixture, tokens: int, backend: str, repeats: int
 def _selecting(fixture: BenchmarkFixture, model: MemoryModel) -> Callable[[int], list[list[Selection]]]:
     """Return a function that only retrieves, in all layers, for as many queries as the prompt has tokens."""
     preset, retriever = fixture.preset, own_retriever(model)
-    view = fixture.rows.store.snapshot()
+    view = fixture.rows.store_for(model.mplus_engine).snapshot()
     generator = torch.Generator().manual_seed(fixture.seed)
     text = torch.randn(1, preset.prompt, preset.hidden_size, generator=generator).to(fixture.device, preset.torch_dtype)
     mask = torch.ones(1, preset.prompt, dtype=torch.bool, device=fixture.device)
