@@ -3,7 +3,8 @@
 Sums round differently with the width of vectors, the number of threads, the company of a row in a batch and the version
 of a library. So numbers that come from two computations are held to a third, in float64: its distance from one of the
 two in their own dtype is what rounding does here, on this machine. Numbers of one computation (same kernel, same
-shapes, same order) are the same bits, and are compared as such.
+shapes, same order) are the same bits, and are compared as such. Where only the order of a sum differs, ``after`` says
+how far that can take it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,17 @@ def check_close(actual: Tensor, plain: Tensor, exact: Tensor, *, factor: float =
     """Raise AssertionError unless ``actual`` is as near to ``exact`` as another computation may be: see ``allowed``."""
     found, most = error(actual, exact), allowed(plain, exact, factor=factor)
     assert found <= most, f"{name + ': ' if name else ''}error {found:.3g}, allowed {most:.3g}"
+
+
+def after(roundings: int, dtype: torch.dtype = torch.float32) -> float:
+    """Return the largest relative error of a number after so many roundings, each by half a unit in the last place.
+
+    Of a product of vectors of width n it holds for every order of summation and for fused products, with n roundings
+    and times the sum of the products' sizes: what Higham (Accuracy and Stability of Numerical Algorithms, 2002, lemma
+    3.1) calls gamma.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    return roundings * unit / (1 - roundings * unit)
 
 
 def check_ranking(ids: Sequence[int], scores: Mapping[int, float], tolerance: float) -> None:
