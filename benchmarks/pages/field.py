@@ -9,6 +9,8 @@ from benchmarks.pages.markdown import measured_on, table
 from benchmarks.records import ROOT, load
 
 PAGE = ROOT / "docs" / "field.md"
+ORACLE = "-oracle"
+"""Ends the name of an arm for which the right passage is found."""
 TRACES, CASES = "traces of the published code", "cases computed from its description"
 MEMORIES = (
     ("mplus", "M+, 2502.00592", "mplus", TRACES),
@@ -44,8 +46,8 @@ READINGS = {
     "kv": "Keys and values of all tokens, found again chunk by chunk. It keeps the text itself, in every layer, and "
     "needs no training; bytes grow with every token. Take it for a decoder that stays as it is.",
     "memlong": "Keys and values of one layer, found by an embedding of whole chunks and read by a few upper layers: "
-    "one layer's bytes, where `kv` has those of all. What these layers make of it is trained in the paper, "
-    "and not here.",
+    "one layer's bytes, where `kv` has those of all. Here the embedding is the decoder's own, and the layer that reads "
+    "is trained, as in the paper. What it gets wrong was found, and stood among passages much like it.",
     "scm": "The text of turns: the last one always, the best of the others by their words or vectors. It keeps all "
     "text, and pays for what it brings back in prompt tokens. Take it for a chat model behind an interface that takes "
     "text alone.",
@@ -66,7 +68,7 @@ READINGS = {
 def render() -> str:
     """Return the page."""
     record = load("quality", "field")
-    sections = [PREAMBLE.strip(), memories(), retention(record), costs(record), readings(record)]
+    sections = [PREAMBLE.strip(), memories(), retention(record), ceilings(record), costs(record), readings(record)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -77,23 +79,49 @@ def memories() -> str:
     return "\n\n".join([table(["memory", "paper (arXiv)", "comes as", "judged by"], rows, text_columns=4), closing])
 
 
-def arms(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """Yield each arm that was measured with its results, one for each seed; a memory's own before the next one's."""
+def arms(record: Mapping[str, Any], oracle: bool = False) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Yield each arm that was measured with its results, one for each seed; a memory's own before the next one's.
+
+    Args:
+        record: of the field.
+        oracle: those for which the right passage is found, instead of all others.
+    """
     for memory in record["memories"].values():
         for place, arm in enumerate(memory["reports"][0]["arms"] if memory["status"] == "measured" else ()):
-            yield arm["name"], [report["arms"][place] for report in memory["reports"]]
+            if arm["name"].endswith(ORACLE) == oracle:
+                yield arm["name"], [report["arms"][place] for report in memory["reports"]]
+
+
+def shares(name: str, found: list[Mapping[str, Any]], ages: list[str]) -> list[str]:
+    """Return the row of an arm: its name, and the share of right answers at each age, over all seeds."""
+    asked = {age: sum(one["questions_by_age"].get(age, 0) for one in found) for age in ages}
+    right = {age: sum(one["correct_by_age"].get(age, 0) for one in found) for age in ages}
+    return [f"`{name}`", *(f"{right[age] / asked[age]:.2f}" if asked[age] else "does not fit" for age in ages)]
+
+
+def ceilings(record: Mapping[str, Any]) -> str:
+    """Tabulate what memories answer where the right passage is found for them, or nothing else was told."""
+    ages = [str(age) for age in record["settings"]["ages"]]
+    of_arms = {name.removesuffix(ORACLE): shares(name, found, ages)[1:] for name, found in arms(record, oracle=True)}
+    rows = []
+    for name, memory in record["memories"].items():
+        if memory["status"] == "measured":
+            alone = memory["oracle"]["correct"] / memory["oracle"]["questions"]
+            rows.append([f"`{name}`", f"{alone:.2f}", *of_arms.get(name, ["-"] * len(ages))])
+    opening = (
+        "How much of that is reading, and how much is finding? `told alone`: the memory holds nothing but the passage "
+        "that is asked for. The other columns are of memories that bring rows back: the right passage is found for "
+        "them, and beside it as many others, drawn at random, as they bring back in all."
+    )
+    head = ["memory", "told alone", *(f"{age} chunks" for age in ages)]
+    return "\n\n".join(["## Where the right passage is found for them", opening, table(head, rows)])
 
 
 def retention(record: Mapping[str, Any]) -> str:
     """Tabulate the share of right answers over age."""
     settings = record["settings"]
     ages = [str(age) for age in settings["ages"]]
-    rows = []
-    for name, found in arms(record):
-        asked = {age: sum(one["questions_by_age"].get(age, 0) for one in found) for age in ages}
-        right = {age: sum(one["correct_by_age"].get(age, 0) for one in found) for age in ages}
-        shares = [f"{right[age] / asked[age]:.2f}" if asked[age] else "does not fit" for age in ages]
-        rows.append([f"`{name}`", *shares])
+    rows = [shares(name, found, ages) for name, found in arms(record)]
     rows += [[f"`{name}`", *([status] * len(ages))] for name, status in missing(record)]
     questions = settings["streams"] * settings["rounds"] * len(settings["seeds"])
     opening = (

@@ -41,7 +41,8 @@ class Contender:
     Attributes:
         mechanism: its name.
         settings: of the memory, for the decoder of "recall-tiny"; None: it has to be trained first.
-        arms: of the harness, besides the one that bears its name.
+        arms: of the harness, besides the one that bears its name; with "-oracle", that with the right passage among
+            those that it brings back, and others at random.
     """
 
     mechanism: str
@@ -52,12 +53,16 @@ class Contender:
 SCM = {"name": "scm", "turns": 3, "needed": "off", "enough": "off", "summaries": "off", "recency": 0.0}
 """Settings for a decoder that makes no decisions: flash memory, and activation memory by words."""
 CONTENDERS = {
-    "mplus": Contender("mplus", {}, ("none", "window", "bm25", "memoryllm")),
-    "kv": Contender("kv", {"retrieved_tokens": 64}),
-    "memlong": Contender("memlong", {"mechanism": {"name": "memlong", "group_tokens": CHUNK}, "retrieved_tokens": 64}),
+    "mplus": Contender("mplus", {}, ("none", "window", "bm25", "memoryllm", "mplus-oracle")),
+    "kv": Contender("kv", {"retrieved_tokens": 64}, ("kv-oracle",)),
+    "memlong": Contender(
+        "memlong",
+        {"mechanism": {"name": "memlong", "group_tokens": CHUNK}, "retrieved_tokens": 64},
+        ("memlong-oracle",),
+    ),
     "scm": Contender("scm", {"mechanism": SCM}),
     "hmt": Contender("hmt"),
-    "longmem": Contender("longmem"),
+    "longmem": Contender("longmem", arms=("longmem-oracle",)),
     "lamemo": Contender("lamemo"),
     "retllm": Contender("retllm"),
     "memllm": Contender("memllm"),

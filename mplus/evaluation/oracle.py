@@ -23,7 +23,8 @@ from mplus.stores.base import Column, Content, Identity, Location, StoreLayout, 
 class OracleMechanism(WrappedMechanism):
     """Brings back the rows written from ``wanted`` sources, then others at random, as many as a read asks for.
 
-    Of a mechanism that chooses in ``open``, reads are opened as if of all other sources nothing had been written.
+    Of a mechanism that chooses in ``open``, or token by token, reads are opened as if of all other sources nothing had
+    been written.
 
     Example:
         >>> from functools import partial
@@ -37,7 +38,7 @@ class OracleMechanism(WrappedMechanism):
     Args:
         inner: the mechanism it stands in for.
         wanted: per batch row, the names of the sources.
-        others: let a mechanism that chooses in ``open`` choose among others, too, as far as there is room; else it
+        others: let such a mechanism choose among others, too, as far as there is room; else it
             reads all that is wanted, whatever it would choose.
     """
 
@@ -47,7 +48,7 @@ class OracleMechanism(WrappedMechanism):
 
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
         """Open a read, as ``MemoryMechanism.open``."""
-        if self.inner.retrieves_in_open:
+        if chooses_by_itself(self.inner):
             self._check(views)
             rows = self.inner.config.retrieved_tokens if self.others else 0
             views = [holding_only(view, names, rows) for view, names in zip(views, self.wanted, strict=True)]
@@ -63,7 +64,7 @@ class OracleMechanism(WrappedMechanism):
         """Return the rows of a layer, as ``MemoryMechanism.retrieve``."""
         self._check(views)
         k = self.inner.config.retrieved_tokens
-        if self.inner.retrieves_in_open or not retrieves(self.inner) or k == 0:
+        if chooses_by_itself(self.inner) or not retrieves(self.inner) or k == 0:
             return [None] * len(views)
         return [self._chosen(view, layer, names, k) for view, names in zip(views, self.wanted, strict=True)]
 
@@ -86,12 +87,17 @@ class OracleMechanism(WrappedMechanism):
         return self.inner.bring_back(store, layer, store.ids(layer)[by_id.values], best.values[by_id.indices])
 
 
+def chooses_by_itself(mechanism: MemoryMechanism) -> bool:
+    """Return whether reads choose, in ``open`` or token by token, among what the views that they are given hold."""
+    return mechanism.retrieves_in_open or mechanism.searches_in_passes
+
+
 def retrieves(mechanism: Mechanism) -> bool:
-    """Return whether reads bring rows back: layer by layer, or once in ``open``."""
+    """Return whether reads bring rows back: layer by layer, once in ``open``, or token by token."""
     if not isinstance(mechanism, MemoryMechanism):  # one of text
         return False
     by_layer = type(mechanism).retrieve is not MemoryMechanism.retrieve
-    return mechanism.retrieves_in_open or (by_layer and mechanism.long_term)
+    return chooses_by_itself(mechanism) or (by_layer and mechanism.long_term)
 
 
 def written_from(view: StreamView, store: StoreView, layer: int, names: Collection[str]) -> Tensor:

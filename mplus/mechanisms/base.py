@@ -52,6 +52,7 @@ class MemoryMechanism(IndexedMechanism):
         keeps: the ``memory_rows`` that make sense for it.
         keeps_states: whether rows are made by whole passes, so that other weights anywhere make other rows.
         retrieves_in_open: whether ``open``, and ``reopen``, choose rows of the store; ``retrieved`` says which.
+        searches_in_passes: whether passes search the store of the views that ``open`` was given, token by token.
         takes_min_score: whether ``open`` and ``reopen`` bring back only what scores above ``Text.min_score``.
         collect: what ``finish`` wants of a pass besides the final hidden state: "inputs", "outputs" or "hidden".
     """
@@ -64,6 +65,7 @@ class MemoryMechanism(IndexedMechanism):
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected", "hidden", "both"})
     keeps_states: ClassVar[bool] = False
     retrieves_in_open: ClassVar[bool] = False
+    searches_in_passes: ClassVar[bool] = False
     takes_min_score: ClassVar[bool] = False
     collect: ClassVar[frozenset[Collected]] = frozenset()
 

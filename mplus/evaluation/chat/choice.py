@@ -38,7 +38,7 @@ class Choice:
 
     @classmethod
     def of(cls, view: StreamView, found: Retrieved | None) -> Choice:
-        """Return the choice that rows of the first layer are."""
+        """Return the choice that rows of one layer are."""
         if found is None:
             return cls()
         names = {number: source.name for number, source in view.state.sources.items()}
@@ -81,7 +81,10 @@ class ChoosingMechanism(WrappedMechanism):
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
         """Open a read, as ``MemoryMechanism.open``. Raises ChoiceMade."""
         opened = self.inner.open(decoder, views, text)
-        chosen = self.inner.retrieved(opened, 0)
+        # A mechanism may read in some layers only, and then it is the first of these that says what was chosen.
+        of_layers = (self.inner.retrieved(opened, layer) for layer in range(decoder.shape.layers))
+        nothing: list[Retrieved | None] = [None] * len(opened.views)
+        chosen = next((found for found in of_layers if any(one is not None for one in found)), nothing)
         # The views of what was opened: an oracle's are parts of those it was given.
         # In place: whoever gave the list looks at it behind the read.
         self.seen[:] = [Choice.of(view, rows) for view, rows in zip(opened.views, chosen, strict=True)]

@@ -18,6 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import mplus
 from mplus.errors import ConfigError, NotSupported
+from mplus.evaluation.execution.generated import GeneratedAnswers
+from mplus.evaluation.options import ArmOptions, RunOptions
+from mplus.evaluation.retention import retention
+from mplus.evaluation.tasks.facts import Facts
+from mplus.hf.pretrained.shipped import load_recall
 from mplus.training import train
 
 README = Path(__file__).parents[1] / "README.md"
@@ -272,6 +277,25 @@ def test_the_recipes_run(name: str) -> None:
     done = train(name, dry_run=True, progress=False)
     assert all(math.isfinite(float(record["total_loss"])) for record in done.records)
     assert bool(done.model.mplus.direction.any())
+
+
+def test_a_decoder_answers_within_its_window_before_it_is_trained() -> None:
+    """Of facts in a window of four; what is older is gone."""
+    model, tokenizer = load_recall()
+    sizes = {"chunk_tokens": 16, "short_term_tokens": 64, "adapters": False}
+    model = mplus.wrap(mplus.unwrap(model), mplus.MPlusConfig(mechanism="lamemo", **sizes), check=False).eval()
+    task, options = Facts(ages=(0, 1, 3, 4), streams=8, rounds=1, seed=3), RunOptions(streams=8, separator=" ")
+    report = retention(GeneratedAnswers(model, tokenizer, task, options=options), ArmOptions(arms=("lamemo",)))
+    right = {cell.age: cell.correct for cell in report.arm("lamemo").cells}
+    assert right[0] + right[1] + right[3] >= 22  # of 24
+    assert right[4] <= 2
+
+
+@pytest.mark.nightly
+def test_training_does_not_unlearn_the_window() -> None:
+    """At ten times the learning rate it is right a quarter of the time."""
+    done = train("lamemo-recall", progress=False)
+    assert float(done.records[-1]["accuracy"]) >= 0.9
 
 
 def test_the_readme_runs() -> None:

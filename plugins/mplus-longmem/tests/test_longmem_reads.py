@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from mplus_longmem.side_network import Plan
 from torch import Tensor
 
 from mplus.config import Component
+from mplus.evaluation.oracle import OracleMechanism
+from mplus.hf.reading.override import reading_as
 from mplus.mechanisms import MemoryRows, StoreLayout
 from mplus.stores import STORES
 
@@ -60,8 +63,8 @@ def test_side_layers_share_the_decoder_among_them(depth: int, reduction: int, la
     assert (plan.cuts[0], plan.cuts[-1]) == (0, depth)
 
 
-def bank(tokens: list[int], seed: int = 0) -> Bank:
-    """A bank of chunks with so many tokens each, of random keys and values."""
+def bank(tokens: list[int], seed: int = 0, most: int = 3) -> Bank:
+    """A bank of chunks with so many tokens each, of random keys and values, of which a query reads three."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(len(tokens), HEADS.row, generator=generator, dtype=torch.float64)
     counts, born = torch.tensor(tokens, dtype=torch.int32), torch.arange(len(tokens))
@@ -71,7 +74,7 @@ def bank(tokens: list[int], seed: int = 0) -> Bank:
     store = STORES.build(Component("ram"), layout)
     means = HEADS.means(rows, counts)
     store.append(0, MemoryRows(None, born, born, key=means, projected=rows, extra={"tokens": counts}))
-    return Bank.of(store)
+    return Bank.of(store, most)
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -80,7 +83,7 @@ def test_every_query_reads_its_own_chunks(tokens: list[int], zeros: bool) -> Non
     """Against loops over heads and tokens."""
     found, most = bank(tokens), 3
     queries = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    read = ChunkSearch(HEADS, most, zeros)(queries, found, 0.5)
+    read = ChunkSearch(HEADS, zeros)(queries, found, 0.5)
     keys, values = HEADS.split(found.rows())
     for head in range(4):
         own, own_values = keys[:, head // 2], values[:, head // 2]
@@ -104,9 +107,9 @@ def test_a_bank_that_lies_in_pieces_reads_the_same() -> None:
     blocks.append(0, store.gather(0, store.ids(0)))
     for one in (blocks, store):
         one.remove(0, one.ids(0)[4:5])  # type: ignore[attr-defined]
-    pieces, search = Bank.of(blocks), ChunkSearch(HEADS, 3, False)
+    pieces, search = Bank.of(blocks, 3), ChunkSearch(HEADS, False)
     assert len(pieces.columns) > 1
-    expected = search(queries, Bank.of(store), 1.0)
+    expected = search(queries, Bank.of(store, 3), 1.0)
     for other in (pieces, evolve(pieces, columns=(), column=None, row=None)):
         found = search(queries, other, 1.0)
         assert torch.equal(found.places, expected.places)
@@ -114,7 +117,7 @@ def test_a_bank_that_lies_in_pieces_reads_the_same() -> None:
 
 
 def test_queries_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, search = bank([4] * 9), ChunkSearch(HEADS, 3, False)
+    found, search = bank([4] * 9), ChunkSearch(HEADS, False)
     queries = torch.randn(4, 7, 3, dtype=torch.float64)
     whole = search(queries, found, 1.0)
     monkeypatch.setattr("mplus_longmem.bank.MOST_SCORES", 2 * 4 * 9)
@@ -134,6 +137,32 @@ def test_generation_with_a_cache_is_that_of_full_forwards(wrap: Callable[..., An
         assert int(full[0, -1].argmax()) == int(made[0, place])
     beams = model.generate(text, memory=memory, max_new_tokens=4, num_beams=3, do_sample=False, pad_token_id=0)
     assert beams.shape == (1, 11)
+
+
+def test_reads_may_bring_back_more_or_nothing(wrap: Callable[..., Any], model: Any) -> None:
+    """As if the decoder had been wrapped so; of nothing that is read, the gate is shut."""
+    memory, text = model.new_memory(), ids(1, 7)
+    memory.write(ids(40, seed=1))
+    for most in (1, 3, 10):
+        other = wrap(sizes={"retrieved_tokens": most})
+        told = other.new_memory()
+        told.write(ids(40, seed=1))
+        with reading_as(model, retrieved_tokens=most):
+            assert torch.equal(logits(model, text, memory), logits(other, text, told))
+    with reading_as(model, retrieved_tokens=0):
+        assert torch.equal(logits(model, text, memory), logits(model, text, model.new_memory()))
+
+
+def test_an_oracle_hides_what_is_not_wanted(model: Any) -> None:
+    """A read that searches by itself, token by token, finds what was written from the wanted source alone."""
+    memory, alone, text = model.new_memory(), model.new_memory(), ids(1, 7)
+    for number in range(3):
+        memory.write(ids(16, seed=number), source=str(number))
+    alone.write(ids(16, seed=1), source="1")
+    with reading_as(model, around=partial(OracleMechanism, wanted=[{"1"}], others=False)):
+        found = logits(model, text, memory)
+    assert torch.equal(found, logits(model, text, alone))
+    assert not torch.equal(found, logits(model, text, memory))
 
 
 def test_rows_of_a_batch_read_banks_of_their_own(model: Any) -> None:
@@ -170,5 +199,5 @@ def test_new_layers_are_copies(model: Any) -> None:
 def test_the_last_chunk_may_be_shorter(model: Any) -> None:
     memory = model.new_memory()
     memory.write(ids(11, seed=1))
-    assert Bank.of(memory.stores[0]).tokens.tolist() == [4, 4, 3]
+    assert Bank.of(memory.stores[0], 1).tokens.tolist() == [4, 4, 3]
     assert LongMemMechanism.Options.defaults("published")["drop_remainder"]

@@ -103,7 +103,12 @@ MISTAKES: dict[str, tuple[str, Plant]] = {
         "b",
         lambda patch, player: patch.setattr(side_of(player).search, "zero_neighbours", False),
     ),
-    "fewer chunks are read": ("a", lambda patch, player: patch.setattr(side_of(player).search, "most", 1)),
+    "fewer chunks are read": (
+        "a",
+        lambda patch, player: patch.setattr(
+            player.mechanism, "config", evolve(player.mechanism.config, retrieved_tokens=1)
+        ),
+    ),
     "the bank is that of the next layer": ("a", in_plan(bank_layer=4)),
     "the first side layer reads": ("a", in_plan(reader=0)),
     "residuals of other layers": ("a", in_plan(cuts=(0, 2, 3, 6))),

@@ -294,6 +294,8 @@ def test_an_encoder_that_is_missing_or_gives_no_numbers_changes_nothing(
         ({"lower": 95}, "lower must be at most upper"),
         ({"bank_dtype": "int8"}, "bank_dtype"),
         ({"encoder": ""}, "encoder"),
+        ({"encoder_layer": 4}, "encoder_layer must be one of the layers 0 to 3"),
+        ({"encoder": "some/encoder", "encoder_layer": 0}, "leave one of them out"),
         ({"query": "after"}, "query"),
         ({"config": {"retrieved_tokens": 3}}, "retrieved_tokens must be at least group_tokens"),
         ({"config": {"long_term_tokens": 3}}, "long_term_tokens must be at least group_tokens"),

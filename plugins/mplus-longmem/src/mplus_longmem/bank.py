@@ -64,6 +64,7 @@ class Bank:
         store: holds them.
         ids: ``[C]`` int64, their ids in it.
         means: ``[C, Hkv D]``, what is searched.
+        most: chunks that a query reads.
         tokens: ``[C]`` int64, tokens of each chunk.
         columns: ``[m, row]`` each, where chunks lie as they are read; none where the store has to give them out.
         column, row: ``[C]`` int64, in which of these, and at which place, each chunk lies.
@@ -73,17 +74,18 @@ class Bank:
     ids: Tensor
     means: Tensor
     tokens: Tensor
+    most: int
     columns: Sequence[Tensor] = ()
     column: Tensor | None = None
     row: Tensor | None = None
 
     @staticmethod
-    def of(store: StoreView) -> Bank:
-        """Return the bank that a store holds."""
+    def of(store: StoreView, most: int) -> Bank:
+        """Return the bank that a store holds, of which a query reads at most so many chunks."""
         ids, means = store.ids(0), store.keys(0)
         assert means is not None  # noqa: S101 - the layout says so
         small = store.gather(0, ids, leave_out=("key", "projected"))
-        bank = Bank(store, ids, means, small.extra["tokens"].long())
+        bank = Bank(store, ids, means, small.extra["tokens"].long(), most)
         located = store.locate(0, "projected", ids) if len(ids) else None
         if located is None:
             return bank
@@ -95,6 +97,11 @@ class Bank:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def readable(self) -> bool:
+        """Return whether a query reads anything of it."""
+        return bool(len(self)) and self.most > 0
 
     def rows(self) -> Tensor:
         """Return all chunks ``[C, row]``."""
@@ -153,14 +160,13 @@ class ChunkSearch(nn.Module):
 
     Args:
         heads: sizes.
-        most: chunks that a query reads.
         zero_neighbours: where the bank holds fewer, the missing ones are keys and values of zeros that take part in the
             softmax, as in the published code; else they are left out.
     """
 
-    def __init__(self, heads: Heads, most: int, zero_neighbours: bool) -> None:
+    def __init__(self, heads: Heads, zero_neighbours: bool) -> None:
         super().__init__()
-        self.heads, self.most, self.zero_neighbours = heads, most, zero_neighbours
+        self.heads, self.zero_neighbours = heads, zero_neighbours
 
     def forward(self, queries: Tensor, bank: Bank, scale: float) -> ChunkRead:
         """Return what ``queries`` ``[H, T, D]``, not rotated, read; scores of attention are scaled by ``scale``."""
@@ -173,7 +179,7 @@ class ChunkSearch(nn.Module):
         return ChunkRead(output, places, keys, values)
 
     def _pieces(self, queries: Tensor, bank: Bank) -> Iterator[Tensor]:
-        numbers = self.heads.count * self.most * self.heads.tokens * max(self.heads.width, self.heads.value_width)
+        numbers = self.heads.count * bank.most * self.heads.tokens * max(self.heads.width, self.heads.value_width)
         most = min(MOST_SCORES // (self.heads.count * max(len(bank), 1)), MOST_READ // max(numbers, 1))
         yield from queries.split(max(most, 1), 1)
 
@@ -184,7 +190,7 @@ class ChunkSearch(nn.Module):
         means = bank.means.to(queries.device).unflatten(-1, (heads.keys, heads.width)).permute(1, 2, 0)
         grouped = queries.detach().to(means.dtype).reshape(heads.keys, -1, heads.width)  # query heads side by side
         scores: Tensor = grouped @ means
-        return scores.topk(min(self.most, len(bank)), -1).indices.view(heads.count, tokens, -1)
+        return scores.topk(min(bank.most, len(bank)), -1).indices.view(heads.count, tokens, -1)
 
     def _read(self, queries: Tensor, bank: Bank, scale: float) -> ChunkRead:
         heads, places = self.heads, self.search(queries, bank)
@@ -194,7 +200,7 @@ class ChunkSearch(nn.Module):
         scores = (keys @ queries[..., None]).squeeze(-1) * scale
         real = torch.arange(heads.tokens, device=queries.device) < bank.tokens.to(queries.device)[places][..., None]
         scores = scores.masked_fill(~real.flatten(2), -torch.inf)
-        missing = self.most - places.shape[-1]
+        missing = bank.most - places.shape[-1]
         if missing and self.zero_neighbours:
             places = nn.functional.pad(places, (0, missing), value=-1)
             scores = nn.functional.pad(scores, (0, missing * heads.tokens))

@@ -54,6 +54,7 @@ class LongMemMechanism(MemoryMechanism):
     attends = True
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected"})
     keeps_states = True
+    searches_in_passes = True
     collect: ClassVar[frozenset[Collected]] = frozenset({"hidden", "calls"})
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 1024, "retrieved_tokens": 16}
     additions: SideNetwork
@@ -78,7 +79,7 @@ class LongMemMechanism(MemoryMechanism):
                 "LongMem's side network needs a decoder all of whose layers attend, and some of this one's do not: use "
                 "another mechanism, such as 'kv'"
             )
-        search = ChunkSearch(_heads(shape, options.chunk_size), config.retrieved_tokens, options.zero_neighbours)
+        search = ChunkSearch(_heads(shape, options.chunk_size), options.zero_neighbours)
         return SideNetwork(shape, plan, search, options.normed_last)
 
     def draw_parameters(self) -> None:
@@ -182,7 +183,7 @@ class LongMemMechanism(MemoryMechanism):
 
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
         self.additions.check_decoder()
-        return Opened(views, own=[Bank.of(view.store) for view in views])
+        return Opened(views, own=[Bank.of(view.store, self.config.retrieved_tokens) for view in views])
 
     def has_prefix(self, view: StreamView) -> bool:
         return True  # an empty bank is read too, by the side network alone

@@ -244,7 +244,7 @@ class LongMemPlayer(TracePlayer):
         stores = [] if self.memory is None else self.memory.stores
         report.demand("chunks", where, stores[0].count(0) if stores else 0, recorded["chunks"])
         for row, store in enumerate(stores):
-            bank, place = Bank.of(store), f"{where}, row {row}"
+            bank, place = Bank.of(store, 1), f"{where}, row {row}"
             heads = self.mechanism.additions.search.heads
             for name, ours in zip(("keys", "values"), heads.split(bank.rows()), strict=True):
                 of_heads = ours.transpose(0, 1)

@@ -119,7 +119,11 @@ class SideNetwork(nn.Module):
         for number, layer in enumerate(self.layers):
             before, behind = self.plan.cuts[number : number + 2]
             copied = cast("CopiedLayer", layer)
-            reading = _Reading(self, copied, banks) if number == self.plan.reader and any(map(len, banks)) else None
+            reading = (
+                _Reading(self, copied, banks)
+                if number == self.plan.reader and any(bank.readable for bank in banks)
+                else None
+            )
             made = copied(hidden, result.calls[copied.index], cache=cache, attending=reading)
             hidden = made + states[behind] - states[before]
         normed: Tensor = self.final_norm(hidden)
@@ -139,7 +143,7 @@ class _Reading:
             text = compute(request)
             queries = self.layer.unrotated(request.queries, hidden)
             reads: list[ChunkRead | None] = [
-                self.network.search(own, bank, request.scale) if len(bank) else None
+                self.network.search(own, bank, request.scale) if bank.readable else None
                 for own, bank in zip(queries, self.banks, strict=True)
             ]
             return AttentionResult(gated(text.output, reads, self.network.memory_bias), text.weights)

@@ -30,7 +30,7 @@ class TextEncoder(Protocol):
 
         Args:
             ids: of each group ``[n_i]`` int64.
-            hidden: ``[n, d]``, what the memory layer received for all of their tokens.
+            hidden: ``[n, d]``, what one layer of the decoder received for all of their tokens.
             tokenizer: of the memory, or None.
         """
 
@@ -42,13 +42,13 @@ class TextEncoder(Protocol):
 
 
 class HiddenStates:
-    """The mean of what the memory layer receives for the tokens of a text, of length 1.
+    """The mean of what one of the lower layers receives for the tokens of a text, of length 1.
 
     Hidden states of all texts point into nearly the same direction, and differ in a few of it: queries are compared
     with keys about the mean of the keys that there are, each dimension divided by their spread.
 
     Args:
-        layer: the memory layer.
+        layer: whose inputs are averaged; 0: those are the embeddings of tokens.
     """
 
     def __init__(self, layer: int) -> None:

@@ -55,7 +55,7 @@ class MemLongAdditions(nn.Module):
     """What MemLong adds to a decoder: a gate for every head of every layer that reads, where there is one.
 
     Attributes:
-        memory_layer, read_layers: as the options say, or as follows from the decoder's depth.
+        memory_layer, read_layers, encoder_layer: as the options say, or as follows from the decoder's depth.
         learned_positions: the decoder adds positions to its embeddings, so that no text is moved.
         gate: ``[layers that read, H]``, 0 at first; None without a gate.
     """
@@ -75,6 +75,9 @@ class MemLongAdditions(nn.Module):
                 f"read_layers must be from memory_layer ({self.memory_layer}) to the last layer ({last}), so that what "
                 f"is kept depends on nothing that was read, got {list(self.read_layers)}"
             )
+        self.encoder_layer = shape.layers // 4 if options.encoder_layer is None else options.encoder_layer
+        if self.encoder_layer > last:
+            raise ConfigError(f"encoder_layer must be one of the layers 0 to {last}, got {self.encoder_layer}")
         self.learned_positions = shape.positions == "learned"
         heads = shape.heads
         if options.gate and heads is None:
@@ -117,7 +120,7 @@ class MemLongMechanism(MemoryMechanism):
         self.most_groups = max(config.retrieved_tokens // self.group_tokens, 1)
         encoder = options.encoder
         self.encoder: TextEncoder = (
-            HiddenStates(additions.memory_layer) if encoder is None else SentenceEncoder(encoder)
+            HiddenStates(additions.encoder_layer) if encoder is None else SentenceEncoder(encoder)
         )
         self.groups = GroupSearch(options.exact_groups)
 
@@ -159,10 +162,11 @@ class MemLongMechanism(MemoryMechanism):
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
         """Run one pass over a chunk of every stream, and embed the text of its groups. No gradients flow."""
         layer, ids = self.additions.memory_layer, text.need_ids()
-        inputs = decoder.run(ids, adapter="write", collect={"inputs"}).inputs[layer]
+        found = decoder.run(ids, adapter="write", collect={"inputs"}).inputs
+        inputs = found[layer]
         keys = [
             self.encoder.groups(own.split(self.group_tokens), hidden, text.tokenizer)
-            for own, hidden in zip(ids, inputs, strict=True)
+            for own, hidden in zip(ids, found[self.additions.encoder_layer], strict=True)
         ]
         for key in keys:
             check_finite(key, "in the embedding of a group's text")

@@ -63,6 +63,8 @@ class MemLongOptions:
         lower, upper: of "counters", in percent: the oldest groups leave up to there, the newest stay from there on.
         bank_dtype: of keys and values; None: that of the decoder.
         encoder: name or folder of an encoder of sentence-transformers; None: the decoder's own hidden states.
+        encoder_layer: whose inputs these are; 0: the embeddings of tokens. None: a quarter of the way up (7 of 30). In
+            the middle of a decoder and above, means over texts hardly differ, and none of them is found again.
         encoder_tokens: of a text to ask with, at most so many, the last ones.
         equal_counts: all texts of a batch read equally many groups, as many as the poorest stream has.
         exact_groups: a bank of more groups is searched by faiss.
@@ -84,6 +86,7 @@ class MemLongOptions:
         default=None,
         validator=must_be("the name of an encoder, or None", lambda v: v is None or (isinstance(v, str) and bool(v))),
     )
+    encoder_layer: int | None = field(default=None, validator=whole(0, optional=True))
     encoder_tokens: int = field(default=512, validator=whole(1))
     equal_counts: bool = field(default=False, validator=flag)
     exact_groups: int = field(default=20_000, validator=whole(1))
@@ -91,6 +94,11 @@ class MemLongOptions:
     def __attrs_post_init__(self) -> None:
         if self.lower > self.upper:
             raise ConfigError(f"lower must be at most upper ({self.upper}), got {self.lower}")
+        if self.encoder is not None and self.encoder_layer is not None:
+            raise ConfigError(
+                f"encoder_layer is of the decoder's own hidden states, which are not used beside encoder "
+                f"{self.encoder!r}, got {self.encoder_layer}: leave one of them out"
+            )
 
     @classmethod
     def defaults(cls, variant: str) -> dict[str, JsonValue]:
