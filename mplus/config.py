@@ -359,7 +359,9 @@ def structure(cls: type[T], data: Mapping[str, Any]) -> T:
     try:
         # Validators of the class check the values; structuring would coerce wrong types silently.
         return cls(**data)
-    except TypeError as error:
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:  # of validators of attrs, say
         raise ConfigError(f"{cls.__qualname__}: {error}") from error
 
 

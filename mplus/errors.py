@@ -40,7 +40,7 @@ class MissingDependencyError(MPlusError, ImportError):
 
 
 class MechanismError(MPlusError, ValueError):
-    """A mechanism returned what its protocol does not allow; nothing was written."""
+    """A mechanism, retriever or eviction policy returned what its protocol does not allow; nothing was written."""
 
 
 class NotSupported(MPlusError, ValueError):

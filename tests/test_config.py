@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import define, field, validators
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mplus
-from mplus.config import AdapterConfig, Component, MPlusConfig
+from mplus.config import AdapterConfig, Component, MPlusConfig, structure
 from mplus.errors import CheckpointError, ConfigError
 from tests.helpers.docstrings import run_examples
 
@@ -107,3 +108,12 @@ def test_files_that_are_too_deep_or_no_text(tmp_path: Path, content: bytes) -> N
         read_config(tmp_path)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         PublishedConfig.from_file(tmp_path / "config.json")
+
+
+def test_a_rule_of_a_foreign_validator_is_named_with_the_class() -> None:
+    @define
+    class Options:
+        step: int = field(default=1, validator=validators.ge(1))
+
+    with pytest.raises(ConfigError, match=r"^.*Options: 'step' must be >= 1: 0$"):
+        structure(Options, {"step": 0})

@@ -27,7 +27,7 @@ from mplus.mechanisms.opened import Opened, Retrieved, TextCache
 from mplus.mechanisms.root import Absorbed, Columns, IndexedMechanism
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamState, StreamView
-from mplus.memory.writing.update import Update, WriteContext
+from mplus.memory.writing.update import Update, WriteContext, absorbed_by, check_state
 from mplus.registry import Registry
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever
@@ -216,10 +216,13 @@ class MemoryMechanism(IndexedMechanism):
             ids: a few tokens.
             context: of an empty store, whose layout is that of the stream.
         """
-        new = self.new_state(context.store.layout, decoder)
+        new, layout = self.new_state(context.store.layout, decoder), context.store.layout
+        check_state(new, self.State, layout, self.name, "new_state must return a")
         state, source = new.with_source(None, ids.shape[1])
-        update = self.write(decoder, [StreamView(state, context.store)], Text(ids)).of(0)
-        absorbed = self.absorb(state, update, source, evolve(context, ids=ids[0]))
+        update = self.write(decoder, [StreamView(state, context.store)], Text(ids))
+        Update.check(update, self.name, 1, [layout])
+        update.check_finite(ids.shape[1], self.name)
+        absorbed = absorbed_by(self, state, update.of(0), source, evolve(context, ids=ids[0]))
         return StreamView(absorbed.state, context.store.snapshot())
 
     def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:

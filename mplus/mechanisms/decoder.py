@@ -344,7 +344,8 @@ class Decoder(Protocol):
                 front of all of it.
 
         Raises:
-            InputError: text and prefix together need more learned positions than the decoder has.
+            InputError: text and prefix together need more learned positions than the decoder has, or ``collect`` or
+                ``adapter`` is unknown.
             MemoryMismatchError: the decoder was unwrapped in the meantime.
             NotSupported: it has been set to an attention implementation that memory does not go with, or cannot do
                 what is asked (``attend`` where it computes attention by itself).

@@ -22,7 +22,7 @@ from mplus.mechanisms.short_term.state import ShortTermState, short_term_state, 
 from mplus.memory.merging.incoming import Incoming
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import WriteContext
-from mplus.retrievers.base import Selection
+from mplus.retrievers.base import Selection, check_selected
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, StoreLayout, StoreView
 
@@ -205,7 +205,9 @@ class MPlusMechanism(RowMechanism):
                 which = torch.tensor([row for row, _ in scored], device=hidden.device)
                 hidden, mask = hidden[which], mask[which]
             queries, stores = self.retriever.project_queries(layer, hidden), [store for _, store in scored]
-            back = self._picked(layer, stores, self.retriever.select(layer, queries, mask, stores, k))
+            picks = self.retriever.select(layer, queries, mask, stores, k)
+            check_selected(picks, self.retriever.name, stores, k)
+            back = self._picked(layer, stores, picks)
             for (row, _), brought in zip(scored, back, strict=True):
                 found[row] = brought
         for view, rows in zip(views, found, strict=True):

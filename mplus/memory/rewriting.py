@@ -19,7 +19,7 @@ from mplus.memory.transaction import Streams
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.chunking import check_vocabulary
 from mplus.memory.writing.plan import check_dtype
-from mplus.memory.writing.update import Update, WriteContext, check_absorbed
+from mplus.memory.writing.update import Update, WriteContext, absorbed_by
 from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreView
 from mplus.tokenizer import Tokenizer
@@ -127,9 +127,7 @@ def _rewritten(
         Update.check(update, mechanism.name, 1, [store.layout])
         update.check_finite(len(ids), mechanism.name)
         context = WriteContext(store, eviction, draw=draw, keys=engine.keys, ids=ids)
-        absorbed = mechanism.absorb(given, update.of(0), source, context)
-        check_absorbed(absorbed, given, store.layout, mechanism.name)
-        new = absorbed.state
+        new = absorbed_by(mechanism, given, update.of(0), source, context).state
         advance(len(ids))
     return evolve(new, clock=state.clock, texts=state.texts, tail=state.tail, weights=now)
 

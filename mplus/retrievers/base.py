@@ -11,7 +11,7 @@ from attrs import define
 from torch import Tensor, nn
 
 from mplus.config import JsonValue
-from mplus.errors import InputError, NotSupported
+from mplus.errors import InputError, MechanismError, NotSupported
 from mplus.retrievers.ranking import top_places
 from mplus.stores.base import StoreView
 
@@ -209,6 +209,29 @@ def check_selection(queries: Tensor, query_mask: Tensor, stores: Sequence[StoreV
     if not bool(query_mask.any(dim=1).all()):
         rows = (~query_mask.any(dim=1)).nonzero().squeeze(1).tolist()
         raise InputError(f"every batch row must have text to retrieve with, but in rows {rows} all of it is masked")
+
+
+def check_selected(found: object, retriever: str, stores: Sequence[StoreView], k: int) -> None:
+    """Raise MechanismError unless ``Retriever.select`` returned at most ``k`` rows of every store.
+
+    Args:
+        found: what it returned.
+        retriever: its name, for messages.
+        stores: that it was given.
+        k: that it was given.
+    """
+    said = f"the retriever {retriever!r}: select must return a Selection for each of {len(stores)} stores"
+    if not isinstance(found, list | tuple) or len(found) != len(stores):
+        got = f"{len(found)}" if isinstance(found, list | tuple) else type(found).__name__
+        raise MechanismError(f"{said}, got {got}")
+    for one in found:
+        if not isinstance(one, Selection):
+            raise MechanismError(f"{said}, got a {type(one).__name__}")
+        if one.ids.ndim != 1 or one.ids.dtype != torch.int64 or len(one.ids) > k or one.scores.shape != one.ids.shape:
+            raise MechanismError(
+                f"{said} with ids [n] int64 and scores [n], n at most {k}, got ids {list(one.ids.shape)} "
+                f"{one.ids.dtype} and scores {list(one.scores.shape)}"
+            )
 
 
 def top_k(scores: Tensor, ids: Tensor, k: int) -> Selection:

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mplus
+from mplus.errors import MechanismError
+from mplus.eviction import FifoEviction
 from mplus.memory.format.offline import forget_saved
 from mplus.memory.recompute import refresh_if_stale
 from mplus.stores.access_log import NEVER
@@ -196,3 +198,26 @@ def test_layers_of_a_memory_are_alike_for_all_policies() -> None:
             memory.write([[7] * 9, [8] * 4])
         for row in (0, 1):
             assert all(memory.stores[row].count(layer) <= 7 for layer in range(LAYERS)), eviction
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "no tensor": (lambda ids: None, "got NoneType"),
+    "too few": (lambda ids: ids[:-1], r"got torch.int64 \[0\]|got torch.int64 \[1\]"),
+    "rows twice": (lambda ids: ids[:1].expand(len(ids)), r"got torch.int64 \[2\] \[(\d+), \1\]"),
+    "no ids": (lambda ids: ids.double(), r"got torch.float64 \[2\]"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_policy_that_chooses_other_rows_is_named_and_nothing_is_written(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil, said = WRONG[what]
+    memory = counting_memory(**SIZES, long_term_tokens=4)
+    for _ in range(4):
+        memory.write([7] * 8)
+    before, own = tiers(memory, 0), FifoEviction.select
+    monkeypatch.setattr(FifoEviction, "select", lambda *given: spoil(own(*given)))
+    with pytest.raises(MechanismError, match=rf"^the eviction policy 'fifo': select must return ids \[2\] .*{said}"):
+        memory.write([7] * 8)
+    assert tiers(memory, 0) == before

@@ -10,14 +10,18 @@ from attrs import evolve
 
 import mplus
 from mplus.backends.base import AttentionRequest, AttentionResult
-from mplus.errors import ConfigError, MechanismError, NotSupported
+from mplus.errors import ConfigError, InputError, MechanismError, NotSupported
 from mplus.mechanisms import MECHANISMS
-from mplus.mechanisms.decoder import Attended, Compute
+from mplus.mechanisms.decoder import Attended, Compute, Rows
+from mplus.memory.state import StreamState
+from mplus.memory.writing.update import Update
+from mplus.retrievers.base import Selection
+from mplus.retrievers.linear import LinearRetriever
 from tests.mechanisms.gists import GistMechanism
 from tests.memory import tiny
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -139,11 +143,95 @@ def test_a_prefix_of_the_wrong_type_is_named(model: Any, wrong: Any, monkeypatch
     memory, own = written(model), GistMechanism.prefix
     monkeypatch.setattr(GistMechanism, "prefix", lambda self, *given: wrong(own(self, *given)))
     with pytest.raises(
-        MechanismError, match=r"^the mechanism 'gists': prefix must return a tuple .* layer 0, got \w+$"
+        MechanismError,
+        match=r"^the mechanism 'gists': prefix must return a tuple .* layer 0, got (Segment|Tensor|tuple with a \w+)$",
     ):
         logits(model, tiny.prompts(1), memory)
     monkeypatch.undo()
     assert torch.isfinite(logits(model, tiny.prompts(1), memory)).all()
+
+
+PREFIXES: dict[str, tuple[Callable[..., Any], str]] = {
+    "narrow rows": (lambda layer, state, project: (project(Rows(state.gists[layer].hidden[None, :, 1:])),), "failed"),
+    "no rows": (lambda layer, state, project: (project(Rows(state.gists[layer].hidden[None, :0])),), "failed"),
+    "a foreign layer": (lambda layer, state, project: (project(Rows(state.gists[layer + 3].hidden[None])),), "failed"),
+    "five streams": (
+        lambda layer, state, project: (project(Rows(state.gists[layer].hidden.expand(5, -1, -1))),),
+        "must return rows of 1 or 2 streams",
+    ),
+    "more rows than it says": (
+        lambda layer, state, project: (project(Rows(state.gists[layer].hidden.repeat(9, 1)[None])),),
+        "must return at most as many rows as prefix_rows says, 2,",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PREFIXES)
+def test_a_prefix_of_the_wrong_shape_is_named(model: Any, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled, said = PREFIXES[what]
+    memory = written(model, 2)
+    monkeypatch.setattr(
+        GistMechanism,
+        "prefix",
+        lambda self, opened, layer, found, hidden, project: spoiled(layer, opened.views[0].state, project),
+    )
+    with pytest.raises(MechanismError, match=rf"^the mechanism 'gists': prefix {said}.* layer 0"):
+        logits(model, tiny.prompts(2), memory)
+
+
+WRONG: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "update": ("write", lambda made: None, "write must return an Update"),
+    "narrow": ("write", lambda made: Update(tuple(one[..., 1:] for one in made.hidden)), "write must return hidden"),
+    "absorbed": ("absorb", lambda made: None, "absorb must return an Absorbed"),
+    "list": ("absorb", lambda made: evolve(made, state=evolve(made.state, gists=made.state.gists[:1])), "absorb must"),
+    "state": ("new_state", lambda made: StreamState(), "new_state must return a state of class GistState"),
+    "lists": ("new_state", lambda made: evolve(made, gists=made.gists[:1]), "new_state must return .* 3 layers, got"),
+    "prefix": ("prefix", lambda made: made[0], "prefix must return a tuple of Segments"),
+    "rows": ("prefix_rows", lambda made: None, "prefix_rows must return how many rows .* got None"),
+}
+
+
+@pytest.fixture
+def wrong() -> Iterator[type[GistMechanism]]:
+    """A mechanism by whose name no decoder was ever checked."""
+    MECHANISMS.register("wrong", made := type("Wrong", (GistMechanism,), {"name": "wrong"}))
+    yield made
+    MECHANISMS.unregister("wrong")
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrap_names_the_mechanism_and_does_not_blame_the_decoder(what: str, wrong: type[GistMechanism]) -> None:
+    method, spoil, said = WRONG[what]
+    own = getattr(GistMechanism, method)
+    setattr(wrong, method, lambda *given, **named: spoil(own(*given, **named)))
+    with pytest.raises(MechanismError, match=f"^the mechanism 'wrong': {said}"):
+        wrapped("wrong")
+
+
+def test_wrap_says_which_mechanism_wrote_what_is_not_finite(wrong: type[GistMechanism]) -> None:
+    own = GistMechanism.write
+    wrong.write = lambda *given: Update(tuple(one * torch.nan for one in own(*given).hidden))  # type: ignore[method-assign]
+    with pytest.raises(NotSupported, match=r"NonFiniteError: .*write of the mechanism 'wrong'"):
+        wrapped("wrong")
+
+
+def test_wrap_keeps_where_a_mechanism_failed(wrong: type[GistMechanism]) -> None:
+    wrong.write = lambda *given: {}["what it is about"]  # type: ignore[method-assign]
+    with pytest.raises(NotSupported, match="KeyError: 'what it is about'") as raised:
+        wrapped("wrong")
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"collect": {"input"}}, "collect must name some of inputs, outputs, .* got 'input'"),
+        ({"adapter": "reader"}, "adapter must be 'write', 'read' or None, got 'reader'"),
+    ],
+)
+def test_a_pass_refuses_what_it_does_not_know(model: Any, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=f"^{said}$"):
+        model.mplus_engine.decoder.run(tiny.prompts(1), **asked)
 
 
 def test_a_mechanism_is_told_whether_a_generation_goes_on_behind_a_text(
@@ -161,3 +249,28 @@ def test_a_mechanism_is_told_whether_a_generation_goes_on_behind_a_text(
     logits(model, ids, memory)
     model.generate(ids, memory=memory, max_new_tokens=1, do_sample=False, pad_token_id=0)
     assert told == [False, True]
+
+
+SELECTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "nothing": (lambda found: None, "got NoneType"),
+    "one too few": (lambda found: found[1:], "got 1"),
+    "ids": (lambda found: [one.ids for one in found], "got a Tensor"),
+    "more rows than asked for": (
+        lambda found: [Selection(one.ids.repeat(9), one.scores.repeat(9)) for one in found],
+        r"n at most \d+, got ids \[\d+\] torch.int64",
+    ),
+    "other scores": (lambda found: [Selection(one.ids, one.scores[1:]) for one in found], r"and scores \[\d+\]"),
+}
+
+
+@pytest.mark.parametrize("what", SELECTIONS)
+def test_a_retriever_that_selects_otherwise_is_named(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil, said = SELECTIONS[what]
+    model, own = tiny.build(), LinearRetriever.select
+    memory = model.new_memory(2)
+    for _ in range(6):
+        memory.write([tiny.ids(tiny.CHUNK, seed) for seed in (5, 6)])
+    logits(model, tiny.prompts(2), memory)
+    monkeypatch.setattr(LinearRetriever, "select", lambda *given: spoil(own(*given)))
+    with pytest.raises(MechanismError, match=f"^the retriever 'linear': select must return .* 2 stores.*{said}"):
+        logits(model, tiny.prompts(2), memory)

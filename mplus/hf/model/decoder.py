@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol, cast
+from typing import Protocol, cast, get_args
 
 import torch
 from attrs import define, evolve
@@ -163,6 +163,7 @@ class WrappedDecoder:
         if mask is not None:
             inputs["attention_mask"] = mask
         names = frozenset(collect)
+        _check_names(names, adapter)
         collection = Collecting(names | {"inputs"} if "projected" in names else names, last)
         source: PrefixSource = Nothing() if prefix is None else _Given(prefix)
         named = None if adapter is None else engine.adapter(adapter)
@@ -183,6 +184,14 @@ class WrappedDecoder:
             return found
         projected = tuple(self.project(layer, rows) for layer, rows in enumerate(found.inputs))
         return evolve(found, projected=projected, inputs=found.inputs if "inputs" in names else ())
+
+
+def _check_names(collect: frozenset[str], adapter: str | None) -> None:
+    """Raise InputError unless a pass can collect what is named, and run with this adapter."""
+    if unknown := sorted(collect - set(get_args(Collected))):
+        raise InputError(f"collect must name some of {', '.join(get_args(Collected))}, got {unknown[0]!r}")
+    if adapter is not None and adapter not in get_args(Adapter):
+        raise InputError(f"adapter must be 'write', 'read' or None, got {adapter!r}")
 
 
 @define(frozen=True, eq=False)

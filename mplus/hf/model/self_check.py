@@ -8,10 +8,11 @@ from functools import partial
 from typing import ParamSpec, cast
 
 import torch
-from attrs import define, evolve
+from attrs import define, evolve, field
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from mplus.errors import MechanismError
 from mplus.eviction import EVICTION
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.modes import in_eval_mode
@@ -49,12 +50,14 @@ class Check:
             a layer; None where nothing could be compared.
         passed: whether it is no more than rounding. True where nothing could be compared: that is no fault.
         remark: why a check was not applied, or what failed.
+        failure: what was raised, if it failed so.
     """
 
     name: str
     error: float | None
     passed: bool
     remark: str = ""
+    failure: Exception | None = field(default=None, eq=False, repr=False)
 
     @property
     def checked(self) -> bool:
@@ -80,6 +83,8 @@ def check_ids(vocab_size: int, device: torch.device, text: int = 0) -> Tensor:
 @torch.no_grad()
 def self_check(model: PreTrainedModel, base_logits: Tensor) -> list[Check]:
     """Run all checks on a wrapped decoder in its present technique and positions.
+
+    Raises MechanismError where its mechanism returns what it must not.
 
     Args:
         model: the wrapped decoder.
@@ -123,6 +128,11 @@ class _Checks:
     def _prepare(self) -> Found:
         # Of other tokens than the text: what memory adds must not be what the text says anyway.
         self.view = self._view(self.ids.flip(1) + 1)
+        if type(rows := self.engine.mechanism.prefix_rows(self.view)) is not int or rows < 0:
+            raise MechanismError(
+                f"the mechanism {self.engine.mechanism.name!r}: prefix_rows must return how many rows a read puts in "
+                f"front of the text, an int of at least 0, got {rows!r}"
+            )
         self.noise = measure_noise(self.anatomy, lambda: self.model(input_ids=self.ids).logits, self.engine.dtype)
         return 0.0, True, ""
 
@@ -131,8 +141,10 @@ class _Checks:
             return Check(name, *step(*args, **kwargs))
         except NotComparable as reason:
             return Check(name, None, True, str(reason))
+        except MechanismError:
+            raise  # no other technique mends the mechanism, and the decoder is not to blame
         except Exception as failure:  # noqa: BLE001 - the point is to find what a foreign model cannot do, and to say it
-            return Check(name, None, False, _short(failure))
+            return Check(name, None, False, _short(failure), failure)
 
     def _compared(self, compare: Callable[[], Tensor]) -> Found:
         """Compare, and again on other texts as long as the errors are more than rounding."""

@@ -92,6 +92,7 @@ def wrap(
             adapters of your own are merged into it, or have a name of ours, "write" or "read"; with ``adapters=None``
             in the config only ``save_pretrained`` refuses these. Or transformers is a release that cannot be read.
         ConfigError, UnknownNameError, PluginError: the config does not fit, or ``tokenizer`` is none.
+        MechanismError: a method of the mechanism returned what it must not.
 
     Warns:
         MemorySizeWarning: sizes that are given need more positions than the decoder has.
@@ -321,7 +322,8 @@ def _choose_technique(decoder: WrappedModel, installed: Installed, base_logits: 
         where = f"{technique.replace('_', ' ')}, {'offset' if offset else 'negative'} positions"
         installed.rejected.extend(f"{where}: {one}" for one in found)
         failed.extend(found)
-    raise _refusal(type(decoder).__name__, failed, installed.rejected)
+    refusal = _refusal(type(decoder).__name__, failed, installed.rejected)
+    raise refusal from next((one.failure for one in failed if one.failure is not None), None)
 
 
 def _unkept(decoder: WrappedModel) -> Check | None:

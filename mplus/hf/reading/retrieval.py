@@ -75,12 +75,29 @@ class ReadSource:
             project = partial(_projected_for_each, project, repeats)
         copies, retrieved = len(opened.views) // len(reading.views), reading.retrieved[layer]
         of_rows = retrieved if copies == 1 else [one for one in retrieved for _ in range(copies)]
-        front = reading.mechanism.prefix(opened, layer, of_rows, hidden, project)
+        said = f"the mechanism {reading.mechanism.name!r}: prefix"
+        try:
+            front = reading.mechanism.prefix(opened, layer, of_rows, hidden, project)
+        except (IndexError, InputError) as error:  # of ``project``, or of a list that the layout has not, say
+            raise MechanismError(f"{said} failed for layer {layer}: {error}") from error
         segments = front.segments if isinstance(front, Attended) else () if front is None else front
         if not isinstance(segments, tuple | list) or not all(isinstance(one, Segment) for one in segments):
+            foreign = segments if isinstance(segments, tuple | list) else ()
+            of = next((f" with a {type(one).__name__}" for one in foreign if not isinstance(one, Segment)), "")
             raise MechanismError(
-                f"the mechanism {reading.mechanism.name!r}: prefix must return a tuple of Segments, Attended or None "
-                f"for layer {layer}, got {type(front).__name__}"
+                f"{said} must return a tuple of Segments, Attended or None for layer {layer}, got "
+                f"{type(front).__name__}{of}"
+            )
+        batches = {one.keys.shape[0] for one in segments} - {1, len(opened.views)}
+        if batches:
+            raise MechanismError(
+                f"{said} must return rows of 1 or {len(opened.views)} streams for layer {layer}, got those of "
+                f"{batches.pop()}"
+            )
+        given, most = sum(one.keys.shape[2] for one in segments), max(map(reading.mechanism.prefix_rows, opened.views))
+        if given > most:  # positions are those of so many
+            raise MechanismError(
+                f"{said} must return at most as many rows as prefix_rows says, {most}, for layer {layer}, got {given}"
             )
         return () if front is None else front
 

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedConfig
 
 from mplus.backends.base import Segment
 from mplus.backends.choose import BackendChooser
-from mplus.errors import NotSupported
+from mplus.errors import InputError, NotSupported
 from mplus.hf.retrofit.attention import CAPTURE, AttendedMemory, CaptureCache, Captured, ModuleCall
 from mplus.hf.retrofit.cache_view import MemoryCacheView, mask_with_memory
 from mplus.hf.retrofit.context import Collection, Pass, current_pass
@@ -156,6 +156,11 @@ class AttentionHook:
         placement = active.placement
 
         def project(rows: Rows) -> Segment:
+            if rows.hidden.dim() != 3 or rows.hidden.shape[2] != hidden.shape[2] or not rows.hidden.shape[1]:
+                raise InputError(
+                    f"rows to be projected must be [B or 1, P, {hidden.shape[2]}], P at least 1, as the layer receives "
+                    f"them, got {list(rows.hidden.shape)}"
+                )
             if placement is not None and rows.positions is None:
                 places = slice(rows.before, rows.before + rows.hidden.shape[1])
                 positions = placement.insertion.positions[:, places]

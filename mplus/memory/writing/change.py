@@ -8,12 +8,11 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.errors import InputError, MechanismError
 from mplus.memory.sources.clock import read_clock
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import Streams, Sync
 from mplus.memory.writing.plan import StreamWrite
-from mplus.memory.writing.update import NewEntries, Update, WriteContext, check_absorbed, check_finite
+from mplus.memory.writing.update import NewEntries, Update, WriteContext, absorbed_by, check_finite
 
 
 @define(frozen=True, eq=False)
@@ -69,11 +68,7 @@ class ChunkChange:
             state, number = before.with_source(write.name, new, now, write.facts)
             state = state.with_text(text, number, self._turn, write.short)
             state = state.with_waiting(number, waited[tokens:]) if len(waited) else state
-            try:
-                absorbed = mechanism.absorb(state, rows, number, context_of(streams, row, state, text))
-            except (IndexError, InputError) as error:  # of a store that was given rows it has no room for, say
-                raise MechanismError(f"the mechanism {mechanism.name!r}: absorb failed: {error}") from error
-            check_absorbed(absorbed, state, streams.stores[row].layout, mechanism.name)
+            absorbed = absorbed_by(mechanism, state, rows, number, context_of(streams, row, state, text))
             states[row] = write.noted(absorbed.state, number, new, absorbed.dropped, absorbed.evicted, chunks=1)
             self._kept[row] = absorbed.stayed
             self._counts.append((new, absorbed.dropped, absorbed.evicted))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.errors import MechanismError, MemoryFullError, MemoryMismatchError, NonFiniteError
+from mplus.errors import InputError, MechanismError, MemoryFullError, MemoryMismatchError, NonFiniteError
 from mplus.eviction.base import EvictionPolicy
 from mplus.eviction.unpinned import UnpinnedRows
 from mplus.memory.state import StreamState
@@ -127,6 +128,45 @@ class Update:
             raise MechanismError(f"{said} equally many rows for every layer, got {sorted(counts)}")
 
 
+def check_state(state: object, of: type[StreamState], layout: StoreLayout, mechanism: str, said: str) -> None:
+    """Raise MechanismError unless ``state`` is of class ``of`` and has the lists of rows that its layout says.
+
+    Args:
+        state: what a method of the mechanism returned.
+        of: the class of its states.
+        layout: of the stream's rows.
+        mechanism: its name, for messages.
+        said: the method and what it must return, for messages.
+    """
+    told = f"the mechanism {mechanism!r}: {said} state"
+    if type(state) is not of:  # that of a derived class would not be read from a file again
+        raise MechanismError(f"{told} of class {of.__name__}, got {type(state).__name__}")
+    try:
+        state.check_lists(layout, state.row_lists())
+    except MemoryMismatchError as error:
+        raise MechanismError(f"{told} whose lists of rows are as its layout says: {error}") from error
+
+
+def absorbed_by(
+    mechanism: Any, state: StreamState, update: object, source: int, context: WriteContext
+) -> Any:  # Absorbed; typed there, because mechanisms build on memory
+    """Return what the mechanism's ``absorb`` gives, checked.
+
+    Args:
+        mechanism: a ``Mechanism``.
+        state, update, source, context: as for ``Mechanism.absorb``.
+
+    Raises:
+        MechanismError: rows that its store has no room for, or a state that ``state`` cannot become.
+    """
+    try:
+        absorbed = mechanism.absorb(state, update, source, context)
+    except (IndexError, InputError) as error:  # of a store that was given rows it has no room for, say
+        raise MechanismError(f"the mechanism {mechanism.name!r}: absorb failed: {error}") from error
+    check_absorbed(absorbed, state, context.store.layout, mechanism.name)
+    return absorbed
+
+
 def check_absorbed(absorbed: object, given: StreamState, layout: StoreLayout, mechanism: str) -> None:
     """Raise MechanismError unless ``absorb`` returned a state that ``given`` can become.
 
@@ -149,10 +189,7 @@ def check_absorbed(absorbed: object, given: StreamState, layout: StoreLayout, me
         )
     if state.clock < given.clock:
         raise MechanismError(f"{said} a state whose clock is at least {given.clock}, as it was, got {state.clock}")
-    try:
-        state.check_lists(layout, state.row_lists())
-    except MemoryMismatchError as error:
-        raise MechanismError(f"{said} a state whose lists of rows are as its layout says: {error}") from error
+    check_state(state, type(given), layout, mechanism, "absorb must return a")
 
 
 def _check_layers(said: str, layers: Sequence[Tensor], streams: int, expected: int, width: int) -> None:
@@ -208,7 +245,9 @@ class WriteContext:
     def leaving(self, layer: int, excess: int) -> Tensor:
         """Return the ids ``[excess]`` int64 of the rows of a list that the eviction policy lets leave, none pinned.
 
-        Raises MemoryFullError: there are not so many that may.
+        Raises:
+            MemoryFullError: there are not so many that may.
+            MechanismError: the policy chose another number, or rows twice.
         """
         if self.access_log is not None:
             self.access_log.trim(layer, self.store)  # rows that have left are never asked for again
@@ -218,7 +257,13 @@ class WriteContext:
                 f"{excess} long-term rows of layer {layer} must leave, and only {free.count(layer)} are not of pinned "
                 "sources: unpin or forget a source, or give the memory more capacity; the chunk was not written"
             )
-        return self.eviction.with_access_log(self.access_log).select(free, layer, excess)
+        ids = self.eviction.with_access_log(self.access_log).select(free, layer, excess)
+        said = f"the eviction policy {self.eviction.name!r}: select must return ids [{excess}] int64 of different rows"
+        if not isinstance(ids, Tensor):
+            raise MechanismError(f"{said} of layer {layer}, got {type(ids).__name__}")
+        if ids.shape != (excess,) or ids.dtype != torch.int64 or len(ids.unique()) != excess:
+            raise MechanismError(f"{said} of layer {layer}, got {ids.dtype} {list(ids.shape)} {ids.tolist()[:8]}")
+        return ids
 
     @property
     def evictable(self) -> StoreView:
