@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers.pages import BLOCK
+from mplus.mechanisms import MECHANISMS
+from tests.helpers.pages import BLOCK, run_page
 from tests.helpers.tutorial import ROOT, follow, make_environment
 
 if TYPE_CHECKING:
@@ -41,3 +44,20 @@ def test_the_mechanism_of_the_page_is_short_and_that_of_the_example() -> None:
     ]
     assert len(classes[0]) == 1
     assert classes[0] == classes[1]
+
+
+def test_the_mechanism_with_parameters_does_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titled = {block["title"]: block["text"] for block in BLOCK.finditer(package_section())}
+    tokens = ModuleType("mplus_tokens")
+    tokens.__file__ = str(tmp_path / "__init__.py")
+    exec(titled["mplus-tokens/src/mplus_tokens/__init__.py"], vars(tokens))
+    monkeypatch.setitem(sys.modules, "mplus_tokens", tokens)
+    page = (ROOT / "docs" / "write-a-mechanism.md").read_text(encoding="utf-8")
+    (tmp_path / "page.md").write_text(page.partition("\n## Parameters\n")[2].partition("\n## ")[0], encoding="utf-8")
+    try:
+        names, shown = run_page(tmp_path / "page.md")
+        assert shown == 1
+        config = names["model"].mplus_config
+        assert (config.chunk_tokens, config.short_term_tokens) == (128, None)
+    finally:
+        MECHANISMS.unregister("gated")

@@ -199,6 +199,15 @@ def wrong() -> Iterator[type[GistMechanism]]:
     MECHANISMS.unregister("wrong")
 
 
+def test_wrap_names_the_mechanism_that_leaves_a_size_open(wrong: type[GistMechanism]) -> None:
+    sizes = {"chunk_tokens": 16, "min_chunk_tokens": 1, "memory_tokens_per_chunk": None}
+    wrong.settle = classmethod(lambda cls, config, room: evolve(config, **sizes))  # type: ignore[assignment]
+    with pytest.raises(
+        MechanismError, match=r"^the mechanism 'wrong': settle must .* memory_tokens_per_chunk, got None"
+    ):
+        wrapped("wrong")
+
+
 @pytest.mark.parametrize("what", WRONG)
 def test_wrap_names_the_mechanism_and_does_not_blame_the_decoder(what: str, wrong: type[GistMechanism]) -> None:
     method, spoil, said = WRONG[what]

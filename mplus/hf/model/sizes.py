@@ -9,7 +9,7 @@ from attrs import define, evolve
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mplus.config import PUBLISHED, MPlusConfig, shortest_chunk
-from mplus.errors import MemorySizeWarning
+from mplus.errors import MechanismError, MemorySizeWarning
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.build import memory_mechanism
@@ -112,12 +112,21 @@ def resolve(config: MPlusConfig, room: Room, stacklevel: int = 2) -> MPlusConfig
 
     A mechanism may have other defaults (``MemoryMechanism.settle``).
 
+    Raises:
+        MechanismError: ``settle`` leaves a size open that every memory has.
+
     Warns:
         MemorySizeWarning: sizes that are given do not fit.
     """
     settled = MECHANISMS.get(config.mechanism.name).settle(config, room.half)
     if settled is not None:
-        if room.half is not None and settled.retrieved_tokens > room.half and not room.grows:
+        for name in ("chunk_tokens", "min_chunk_tokens", "memory_tokens_per_chunk"):
+            if getattr(settled, name) is None:
+                raise MechanismError(
+                    f"the mechanism {config.mechanism.name!r}: settle must return a config with a number for {name}, "
+                    "got None"
+                )
+        if room.half is not None and (settled.retrieved_tokens or 0) > room.half and not room.grows:
             warnings.warn(
                 f"a read puts up to retrieved_tokens ({settled.retrieved_tokens:,}) rows in front of the text and "
                 f"{room.decoder} knows {room.positions:,} positions, of which memory should take at most half, "
