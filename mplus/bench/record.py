@@ -10,7 +10,7 @@ import torch
 from attrs import define
 
 from mplus.bench.baselines import AttentionChoice
-from mplus.bench.correctness import OK, CheckFacts, CheckResult
+from mplus.bench.correctness import FAILED, OK, CheckFacts, CheckResult
 from mplus.bench.presets import Preset
 from mplus.config import JsonValue
 from mplus.environment import load_average, run_info
@@ -239,3 +239,8 @@ def arm_entry(result: CheckResult, seconds: Sequence[float] | None) -> Entry:
         "p80_ms": quantiles["p80_ms"],
         "runs": quantiles["runs"],
     }
+
+
+def failed(record: Record) -> dict[str, str]:
+    """Return the variants that compute something else than they should, and how that showed."""
+    return {name: facts["reason"] for name, facts in record["gate"].items() if facts["status"] == FAILED}

@@ -155,7 +155,7 @@ def _finish(record: Record, as_json: Path | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mplus.bench.correctness import FAILED
+    from mplus.bench.record import failed
     from mplus.bench.tables import opening, refused, tables
 
     if as_json is not None:
@@ -174,7 +174,7 @@ def _finish(record: Record, as_json: Path | None) -> None:
             console.print(escape(note), style="dim", soft_wrap=True)
     for line in refused(record):
         console.print(escape(line), soft_wrap=True)
-    if any(facts["status"] == FAILED for facts in record["gate"].values()):
+    if failed(record):
         raise typer.Exit(1)
 
 
