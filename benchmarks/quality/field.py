@@ -18,6 +18,7 @@ import torch
 from attrs import define
 
 import mplus
+from benchmarks.quality.layer_tokens import counted
 from benchmarks.records import load, record_path, write
 from mplus.environment import run_info
 from mplus.errors import MPlusError
@@ -25,7 +26,6 @@ from mplus.evaluation.execution.generated import GeneratedAnswers
 from mplus.evaluation.options import ArmOptions, RunOptions
 from mplus.evaluation.retention import retention
 from mplus.evaluation.tasks.facts import Facts
-from mplus.hf.model.observable import decoder_layers
 from mplus.hf.pretrained.shipped import load_recall
 from mplus.mechanisms import MECHANISMS
 
@@ -118,15 +118,7 @@ def decoder(contender: Contender, folder: Path | None) -> tuple[Any, Any]:
 def costs(model: Any, tokenizer: Any, task: Facts) -> dict[str, float]:
     """Count the tokens that go through a decoder layer for each token written, and for a question besides its own."""
     episode = task.episodes()[0]
-    passed = [0]
-
-    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        passed[0] += hidden.shape[0] * hidden.shape[1]
-
-    layers = decoder_layers(model)
-    handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in layers]
-    try:
+    with counted(model) as passed:
         memory = model.new_memory(tokenizer=tokenizer)
         for passage in episode.passages[:TOLD]:
             memory.write(passage.text, source=passage.source)
@@ -135,12 +127,9 @@ def costs(model: Any, tokenizer: Any, task: Facts) -> dict[str, float]:
         ids = torch.tensor([tokenizer(episode.questions[0].prompt)["input_ids"]])
         model.generate(ids, attention_mask=torch.ones_like(ids), memory=memory, max_new_tokens=1, do_sample=False)
         reading = passed[0]
-    finally:
-        for handle in handles:
-            handle.remove()
     return {
-        "layer_tokens_per_token_written": writing / len(layers) / written,
-        "layer_tokens_per_question": reading / len(layers),
+        "layer_tokens_per_token_written": writing / written,
+        "layer_tokens_per_question": reading,
         "question_tokens": float(ids.shape[1]),
     }
 

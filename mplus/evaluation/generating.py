@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import re
 import string
 from collections import Counter
@@ -19,11 +20,14 @@ from torch import Tensor
 
 from mplus.config import JsonValue, flag, one_of, whole
 from mplus.errors import ConfigError
+from mplus.evaluation.chat.choice import Choice
 from mplus.evaluation.chat.prompt import ChatPrompt
 from mplus.evaluation.options import as_numbers, as_texts
 from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.texts import Tokenizer
 from mplus.hf.model.model_class import MemoryModel
+from mplus.hf.text.engine import TextEngine
+from mplus.hf.text.reading import recalled_tokens
 from mplus.hf.types import Cache
 from mplus.memory.memory import Memory
 
@@ -78,6 +82,10 @@ class Generated:
         top: probability of the likeliest first token.
         likelihood: mean log-probability of the tokens generated, in nats.
         cache_bytes: bytes of the key/value cache per token of text, this row's share.
+        choice: what a memory of text gave to the answer; None: it was read without one.
+        recalled_tokens: that a memory of text put into the prompt; None: it is not known.
+
+    Of a text that is generated in pieces, since calls in it are answered, distributions are not known: they are NaN.
     """
 
     text: str
@@ -86,6 +94,13 @@ class Generated:
     top: float
     likelihood: float
     cache_bytes: float
+    choice: Choice | None = None
+    recalled_tokens: int | None = 0
+
+    @property
+    def known_likelihood(self) -> float | None:
+        """``likelihood``, or None where it is not known."""
+        return None if math.isnan(self.likelihood) else self.likelihood
 
 
 @torch.no_grad()
@@ -155,6 +170,9 @@ def _batch(
     # Any id will do where the mask is 0.
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    engine = model.mplus_engine
+    recalls = isinstance(engine, TextEngine) and memory is not None
+    in_pieces = isinstance(engine, TextEngine) and memory is not None and engine.mechanism.opens is not None
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -162,20 +180,19 @@ def _batch(
         num_beams=1,
         max_new_tokens=generation.tokens,
         # An id that is never generated: where an answer ends is decided afterwards, for each row by itself.
-        eos_token_id=model.mplus_engine.vocab_size,
-        pad_token_id=0,
+        eos_token_id=engine.vocab_size,
+        pad_token_id=next(iter(generation.eos), 0),  # behind a text whose calls leave no room for more
         return_dict_in_generate=True,
-        output_logits=True,
+        output_logits=not in_pieces,
+        output_sources=recalls,
         memory=memory,
         past_key_values=cache,
     )
-    logits = torch.stack(output.logits, 1).float().log_softmax(-1)  # [B, tokens, V]
     made = output.sequences[:, longest:]
-    chosen = logits.gather(2, made[:, :, None])[:, :, 0]
-    first = logits[:, 0]
-    # An impossible token has log-probability -inf, and 0 times that would be NaN.
-    entropy = -(first.exp() * first.clamp(min=-1e30)).sum(-1)
+    entropy, top, chosen = _distributions(output.logits, made)
     size = cache_bytes(output.past_key_values) / ids.shape[0] / (longest + generation.tokens - 1)
+    sources = output.memory_sources if recalls else [None] * len(prompts)
+    recalled = recalled_tokens(output, len(prompts)) if recalls else [0] * len(prompts)
     found = []
     for row in range(len(prompts)):
         kept = list(takewhile(lambda token: token not in generation.eos, made[row].tolist()))
@@ -184,12 +201,26 @@ def _batch(
                 text=tokenizer.decode(kept, skip_special_tokens=True),
                 ids=tuple(kept),
                 entropy=float(entropy[row]),
-                top=float(first[row].max().exp()),
+                top=float(top[row]),
                 likelihood=float(chosen[row, : max(len(kept), 1)].mean()),
                 cache_bytes=size,
+                choice=None if sources[row] is None else Choice.told(sources[row]),
+                recalled_tokens=recalled[row],
             )
         )
     return found
+
+
+def _distributions(logits: Sequence[Tensor] | None, made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return entropy and highest probability of the first token, ``[B]``, and log-probabilities of all ``[B, n]``."""
+    if logits is None:
+        unknown = torch.full(made.shape, torch.nan)
+        return unknown[:, 0], unknown[:, 0], unknown
+    every = torch.stack(list(logits), 1).float().log_softmax(-1)  # [B, tokens, V]
+    first = every[:, 0]
+    # An impossible token has log-probability -inf, and 0 times that would be NaN.
+    entropy = -(first.exp() * first.clamp(min=-1e30)).sum(-1)
+    return entropy, first.max(-1).values.exp(), every.gather(2, made[:, :, None])[:, :, 0]
 
 
 def cache_bytes(cache: Cache | None) -> int:

@@ -11,6 +11,7 @@ from attrs import define
 
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.reading.override import WrappedMechanism, reading_as
+from mplus.hf.reading.reading import RetrievedSource
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, Text
 from mplus.mechanisms.kv.state import KvState
@@ -35,6 +36,13 @@ class Choice:
     def holds(self, sources: Collection[str]) -> bool:
         """Return whether something of each of ``sources`` was brought back."""
         return set(sources) <= set(self.sources)
+
+    @classmethod
+    def told(cls, layers: Sequence[Sequence[RetrievedSource]]) -> Choice:
+        """Return the choice behind what a call reported as the sources of one row; its tokens are not known."""
+        found = [one for layer in layers for one in layer]
+        scores = [one.score for one in found if one.score is not None]
+        return cls(tuple(dict.fromkeys(one.source for one in found)), score=max(scores, default=None))
 
     @classmethod
     def of(cls, view: StreamView, found: Retrieved | None) -> Choice:

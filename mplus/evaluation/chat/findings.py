@@ -51,8 +51,8 @@ def signs_of_told(told: Answered, untold: Answered) -> dict[str, JsonValue]:
         return {}
     facts: dict[str, JsonValue] = {"questions": len(untold)}
     kinds = {"told": told, "untold": untold}
-    likelihoods = [[one.generated.likelihood for _, one in some if one.generated] for some in kinds.values()]
-    if all(likelihoods):
+    likelihoods = [[one.generated.known_likelihood for _, one in some if one.generated] for some in kinds.values()]
+    if all(likelihoods) and not any(one is None for some in likelihoods for one in some):
         facts["auroc_of_likelihood"] = round(auroc(*map(torch.tensor, likelihoods)), 4)
     choices = {kind: [answer.choice for _, answer in some if answer.choice] for kind, some in kinds.items()}
     if all(choices.values()):

@@ -172,7 +172,8 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
                 choosing(self.model, seen),
             ):
                 read = self._read(part, streams, way)
-            choices: Sequence[Choice | None] = seen or [None] * len(part)
+            # A memory of text says itself what it chose, and notes nothing here.
+            choices = seen or [one.choice for one in read]
             found += [attrs.evolve(one, choice=choice) for one, choice in zip(read, choices, strict=True)]
         return found
 
@@ -207,8 +208,10 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         made = answers(self.model, self.tokenizer, prompts, self.generation, streams)
         found = []
         for row, (view, prompt) in enumerate(zip(streams.snapshot(), prompts, strict=True)):
-            attended = mechanism.attended_rows(view) + len(prompt) if self._of_rows else None
-            found.append(self.judged(due[row], made[row].text, state_bytes(streams, row, way), attended, made[row]))
+            own = mechanism.attended_rows(view) if self._of_rows else made[row].recalled_tokens
+            attended = None if own is None else own + len(prompt)
+            answer = self.judged(due[row], made[row].text, state_bytes(streams, row, way), attended, made[row])
+            found.append(attrs.evolve(answer, choice=made[row].choice))
         return found
 
     def answer(self, due: Sequence[Due], contexts: Sequence[Sequence[int]], kept: Sequence[int]) -> list[Answer]:
@@ -259,7 +262,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
             "accepted": list(question.answers),
             "correct": answer.correct,
             "answer": None if made is None else made.text,
-            "likelihood": None if made is None else made.likelihood,
+            "likelihood": None if made is None else made.known_likelihood,
             "needed": [{"source": passage.source, "text": passage.text} for passage in needed],
             "read": read,
             "score": None if choice is None else choice.score,

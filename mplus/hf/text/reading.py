@@ -9,6 +9,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mplus.errors import InputError, MechanismError, NotSupported
 from mplus.hf.model.sizes import known_positions
@@ -143,6 +144,15 @@ def recall(
             )
         padding = reading.tokenizer.pad_token_id or 0
         reading.spliced = Spliced.of(ids, mask, given, columns, padding)
+
+
+def recalled_tokens(output: GenerateDecoderOnlyOutput, prompts: int) -> list[int] | list[None]:
+    """Return how many tokens ``generate`` put into each of its prompts; None where the output has no cache to tell."""
+    cache = output.past_key_values
+    if cache is None:
+        return [None] * prompts
+    spliced: Spliced | None = getattr(getattr(cache, "_mplus_reading", None), "spliced", None)
+    return [0] * prompts if spliced is None else spliced.inserted.tolist()
 
 
 def recalled(

@@ -91,7 +91,8 @@ class TextMechanism(Mechanism):
 
     Attributes:
         variants: of a configuration that it knows.
-        opens: text that begins a call in what the decoder generates; None: it makes no calls.
+        opens: text that begins a call in what the decoder generates; None: it makes no calls. ``__init__`` may set
+            it to None where options ask for none: with calls, text is generated in pieces.
         closes: text that ends it.
         most_calls: calls in one generated text; with further ones the text ends.
         call_tokens: tokens of a call, ``closes`` included; a longer one is taken back.
@@ -102,7 +103,7 @@ class TextMechanism(Mechanism):
     variants: ClassVar[Sequence[str]] = ("paper",)
     State: ClassVar[type[StreamState]] = EntryState
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128}
-    opens: ClassVar[str | None] = None
+    opens: str | None = None
     closes: ClassVar[str] = ""
     most_calls: ClassVar[int] = 8
     call_tokens: ClassVar[int] = 64

@@ -105,7 +105,7 @@ class TextMechanismConformance(MechanismLife):
     def test_what_is_recalled_changes_what_is_read(self, model: MemoryModel) -> None:
         ids, memory = self.prompt(1)[None], self.written(model, 1, 2)
         same = torch.equal(self.logits(model, ids, memory), self.logits(model, ids))
-        assert not same or self.implementation.opens is not None
+        assert not same or cast("TextEngine", memory.engine).mechanism.opens is not None
 
     def test_recalled_text_fits_and_says_what_it_is_made_of(self, model: MemoryModel) -> None:
         memory, tokenizer = self.written(model, 1, 2, 3), load_tokenizer()
@@ -154,7 +154,8 @@ class TextMechanismConformance(MechanismLife):
 
     def test_calls_come_to_an_end(self, model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
         """The decoder calls and calls, and always gets an answer."""
-        opens, closes, tokenizer = self.implementation.opens, self.implementation.closes, load_tokenizer()
+        mechanism, tokenizer = cast("TextEngine", model.mplus_engine).mechanism, load_tokenizer()
+        opens, closes = mechanism.opens, mechanism.closes
         answered = []
 
         def answer(mechanism: TextMechanism, entries: Sequence[Entry], call: str, ask: Ask) -> Recalled:

@@ -117,7 +117,7 @@ class MemLLMMechanism(TextMechanism):
 
     name = "memllm"
     variants: ClassVar[Sequence[str]] = ("paper", "published")
-    opens = OPENS
+    opens: str | None = OPENS
     closes = ARROW
     call_tokens: ClassVar[int] = 128
     keeps_calls: ClassVar[bool] = False
@@ -127,6 +127,8 @@ class MemLLMMechanism(TextMechanism):
     def __init__(self, config: MPlusConfig, options: Any) -> None:
         super().__init__(config, options)
         self._vectors = TextVectors(options.vectors)
+        if options.reads == "prompt":
+            self.opens = None  # no call is answered while a text is generated, so that it need not come in pieces
 
     @property
     def place(self) -> Literal["start", "turn"]:

@@ -102,7 +102,7 @@ class RETLLMMechanism(TextMechanism):
         field_chars: int = field(default=256, validator=whole(1))
 
     name = "retllm"
-    opens = READ_OPENS
+    opens: str | None = READ_OPENS
     closes = READ_CLOSES
     call_tokens: ClassVar[int] = 96
     options: Options
@@ -110,6 +110,8 @@ class RETLLMMechanism(TextMechanism):
     def __init__(self, config: MPlusConfig, options: Any) -> None:
         super().__init__(config, options)
         self._vectors = TextVectors(options.vectors)
+        if options.reads == "prompt":
+            self.opens = None  # no call is answered while a text is generated, so that it need not come in pieces
 
     @property
     def place(self) -> Literal["start", "turn"]:
