@@ -55,12 +55,12 @@ TRIPLES: dict[str, Callable[[tuple[str, str, str]], str]] = {
 }
 """Memory of triples -> the call that writes one."""
 PARTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "notes": ("notes", tuple(MEMORIES), {"notes": 24, "questions": 24, "episodes": 1, "split": "unseen"}),
-    "dictated": ("notes", tuple(TRIPLES), {"notes": 24, "questions": 24, "episodes": 1, "split": "unseen"}),
+    "notes": ("notes", tuple(MEMORIES), {"notes": 12, "questions": 12, "episodes": 1, "split": "unseen"}),
+    "dictated": ("notes", tuple(TRIPLES), {"notes": 12, "questions": 12, "episodes": 1, "split": "unseen"}),
     "squad": (
         "squad",
         ("kv", "memlong", "scm"),
-        {"contexts": 16, "questions": 16, "passages": 17, "episodes": 1, "passage_tokens": 200, "answer_tokens": 16,
+        {"contexts": 8, "questions": 8, "passages": 9, "episodes": 1, "passage_tokens": 200, "answer_tokens": 16,
          "golds": "all", "prompt": PLAIN},
     ),
 }  # fmt: skip

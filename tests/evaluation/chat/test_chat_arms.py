@@ -264,7 +264,7 @@ def test_exported_questions_have_the_ids_around_what_was_told(tmp_path, asked):
     assert head["digest"] == exporting.exported()[0]["digest"] != execution(tokens=5).exported()[0]["digest"]
 
 
-def test_nothing_is_noted_of_a_memory_of_text():
+def test_nothing_is_noted_of_a_memory_of_text_but_what_it_says_itself():
     model = mplus.wrap(copy.deepcopy(decoder()), {"mechanism": "notes", "chunk_tokens": 64})
     seen = []
     with choosing(model, seen):
@@ -272,4 +272,8 @@ def test_nothing_is_noted_of_a_memory_of_text():
     made = execution(model)
     assert made.memory_arms.reading == ("notes",)
     [moment] = made.moments()
-    assert {answer.choice for answer in arm(made, "notes").answers(moment, moment.due)} == {None}
+    found = arm(made, "notes").answers(moment, moment.due)
+    assert seen == []
+    told = {passage.source for passage in made.episodes[0].passages}
+    assert all(set(answer.choice.sources) <= told for answer in found)
+    assert any(answer.choice.sources for answer in found)
