@@ -15,7 +15,8 @@ PAGE = ROOT / "docs" / "training.md"
 def render() -> str:
     """Return the page with the table of the newest record."""
     page = PAGE.read_text(encoding="utf-8")
-    return replace(page, "activations", activations(load("memory", "activations")) + "\n")
+    held, taken = activations(load("memory", "activations")), times(load("memory", "activation_times"))
+    return replace(page, "activations", f"{held}\n\n{taken}\n")
 
 
 def activations(record: Mapping[str, Any]) -> str:
@@ -41,3 +42,21 @@ def activations(record: Mapping[str, Any]) -> str:
             same = "Gradients differ from those of `keep`."
         parts += [f"{decoder['name'][0].upper()}{decoder['name'][1:]}. {same}", table(head, rows)]
     return "\n\n".join([*parts, measured_on(record, "memory/activations")])
+
+
+def times(record: Mapping[str, Any]) -> str:
+    """Tabulate the times of a step, over those of "keep"."""
+    decoders = record["decoders"]
+    head = ["activations", *(f"{one['layers']} layers" for one in decoders)]
+    rows = []
+    for ways in zip(*(one["ways"] for one in decoders), strict=True):
+        name = f"`{ways[0]['way']}`" + ("" if ways[0]["share"] is None else f", share {ways[0]['share']:g}")
+        rows.append(
+            [name, *(f"{one['over_keep']:.2f} ({one['quartiles'][0]:.2f}-{one['quartiles'][1]:.2f})" for one in ways)]
+        )
+    opening = (
+        f"The time of one step over that with `keep`, on a CPU: {decoders[0]['tokens']} tokens, a Llama as above, "
+        f"median and quartiles of {record['rounds']} rounds in which all take turns, in processor time of one thread. "
+        "Here the host is the device: it is what recomputing and copying cost, and says nothing of a GPU."
+    )
+    return "\n\n".join([opening, table(head, rows), measured_on(record, "memory/activation_times")])

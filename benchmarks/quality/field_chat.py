@@ -5,8 +5,9 @@
 ``FOLDER`` is a chat model, such as the one that ``mplus get smollm2`` prints. The samples are small; the page says how
 many questions there were, and gives intervals. With ``--only`` the other parts of the record stay as they were.
 
-Notes are told twice: as the notes they are ("notes"), and to the memories of triples once more as calls that were
-written by hand ("dictated"), as by a decoder that writes without fault. Of paragraphs nobody has triples by hand.
+Memories of triples are told the same notes as calls that were written by hand ("dictated"), as by a decoder that
+writes without fault, and as notes, of which this decoder writes what it can ("written"). Of paragraphs nobody has
+triples.
 """
 
 from __future__ import annotations
@@ -54,12 +55,15 @@ TRIPLES: dict[str, Callable[[tuple[str, str, str]], str]] = {
     "memllm": lambda triple: memllm_call([triple]),
 }
 """Memory of triples -> the call that writes one."""
+OF_TEXT = ("kv", "memlong", "scm")
+"""Memories that keep any text."""
 PARTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "notes": ("notes", tuple(MEMORIES), {"notes": 12, "questions": 12, "episodes": 1, "split": "unseen"}),
+    "notes": ("notes", OF_TEXT, {"notes": 12, "questions": 12, "episodes": 1, "split": "unseen"}),
     "dictated": ("notes", tuple(TRIPLES), {"notes": 12, "questions": 12, "episodes": 1, "split": "unseen"}),
+    "written": ("notes", tuple(TRIPLES), {"notes": 12, "questions": 12, "episodes": 1, "split": "unseen"}),
     "squad": (
         "squad",
-        ("kv", "memlong", "scm"),
+        OF_TEXT,
         {"contexts": 8, "questions": 8, "passages": 9, "episodes": 1, "passage_tokens": 200, "answer_tokens": 16,
          "golds": "all", "prompt": PLAIN},
     ),
@@ -134,7 +138,7 @@ def measure(part: str, decoder: Any, tokenizer: Any, name: str, data: Path | Non
             yield label, one
 
     before = load_average()
-    arms = ("none", "ceiling", "bm25", *labels) if part != "dictated" else labels
+    arms = ("none", "ceiling", "bm25", *labels) if labels == OF_TEXT else labels
     report = compare_memories(executions(), arms, options=ArmOptions(bm25_passages=1), name=name, progress=False)
     return {"load_average": [before, load_average()], "costs": found, **report.plain()}
 
