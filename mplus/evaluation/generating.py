@@ -191,7 +191,7 @@ def _batch(
     made = output.sequences[:, longest:]
     entropy, top, chosen = _distributions(output.logits, made)
     size = cache_bytes(output.past_key_values) / ids.shape[0] / (longest + generation.tokens - 1)
-    sources = output.memory_sources if recalls else [None] * len(prompts)
+    choices = [Choice.told(layers) for layers in output.memory_sources] if recalls else [None] * len(prompts)
     recalled = recalled_tokens(output, len(prompts)) if recalls else [0] * len(prompts)
     found = []
     for row in range(len(prompts)):
@@ -204,7 +204,7 @@ def _batch(
                 top=float(top[row]),
                 likelihood=float(chosen[row, : max(len(kept), 1)].mean()),
                 cache_bytes=size,
-                choice=None if sources[row] is None else Choice.told(sources[row]),
+                choice=choices[row],
                 recalled_tokens=recalled[row],
             )
         )

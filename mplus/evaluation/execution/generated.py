@@ -173,7 +173,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
             ):
                 read = self._read(part, streams, way)
             # A memory of text says itself what it chose, and notes nothing here.
-            choices = seen or [one.choice for one in read]
+            choices: Sequence[Choice | None] = seen or [one.choice for one in read]
             found += [attrs.evolve(one, choice=choice) for one, choice in zip(read, choices, strict=True)]
         return found
 
