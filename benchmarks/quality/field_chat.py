@@ -35,7 +35,7 @@ from mplus.evaluation.options import ArmOptions, RunOptions
 from mplus.evaluation.tasks import protocol
 from mplus.evaluation.tasks.base import Episode, Passage, Question
 from mplus.evaluation.tasks.notes import Notes
-from mplus.evaluation.tasks.unseen_people import ATTRIBUTES
+from mplus.evaluation.tasks.people.unseen import ATTRIBUTES
 from mplus.evaluation.texts import Texts
 from mplus.hf.pretrained.load import load_decoder_with_tokenizer
 
