@@ -23,7 +23,8 @@ model: [Evaluation](../evaluation.md#a-chat-model).
 """
 TITLES = {
     "notes": "Notes about invented people",
-    "notes-unseen": "Notes about people and things that nothing was tried on",
+    "notes-fresh": "Notes about people and things that nothing was tried on",
+    "notes-unseen": "Notes about other people, on which settings were tried later",
     "notes-among": "A thousand notes among novels",
     "notes-changing": "Notes of which half change",
     "needles": "Needles in novels",

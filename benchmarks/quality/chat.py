@@ -21,7 +21,7 @@ from mplus.environment import load_average
 from mplus.evaluation.chat.memories import compare_memories, memory_configs, wrapped_each
 from mplus.evaluation.chat.prompt import ChatPrompt
 from mplus.evaluation.chat.search import search_recall
-from mplus.evaluation.chat.sizes import SIZES
+from mplus.evaluation.chat.sizes import SIZES, answer_tokens
 from mplus.evaluation.execution import GeneratedAnswers
 from mplus.evaluation.generating import Generation, Scoring
 from mplus.evaluation.options import RunOptions
@@ -47,7 +47,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     )
     how: dict[str, Any] = {
         "options": options,
-        "generation": Generation.of(words, tokens=given.tokens or task.answer_tokens),
+        "generation": Generation.of(words, tokens=given.tokens or answer_tokens(task)),
         "scoring": Scoring(correct="contains_words", normalise="squad"),
         "chat": ChatPrompt.of(words),
     }

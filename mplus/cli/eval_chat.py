@@ -71,7 +71,10 @@ def chat_command(protocol: str) -> Callable[..., None]:
                 help="Passages told since the right one, to ask at; default: 0 and as many as there are.",
             ),
         ] = None,
-        tokens: Annotated[int | None, typer.Option(min=1, help="Tokens generated for an answer.")] = None,
+        tokens: Annotated[
+            int | None,
+            typer.Option(min=1, help="Tokens generated for an answer; default: 24, or what the protocol says."),
+        ] = None,
         timed: Annotated[int, typer.Option(min=0, help="Questions of each arm to time the first token of.")] = 4,
         directory: Annotated[
             Path | None, typer.Option(help="Keep memories on disk in this folder, and open them again to ask.")
@@ -170,6 +173,7 @@ def _execution(
     model: MemoryModel, tokenizer: ChatTokenizer, task: Protocol, options: RunOptions, tokens: int | None
 ) -> GeneratedAnswers:
     from mplus.evaluation.chat.prompt import ChatPrompt
+    from mplus.evaluation.chat.sizes import answer_tokens
     from mplus.evaluation.execution import GeneratedAnswers
     from mplus.evaluation.generating import Generation, Scoring
 
@@ -178,7 +182,7 @@ def _execution(
         tokenizer,
         task,
         options=options,
-        generation=Generation.of(tokenizer, tokens=tokens or task.answer_tokens),
+        generation=Generation.of(tokenizer, tokens=tokens or answer_tokens(task)),
         # Whole words, without case: a chat model answers in a sentence of its own.
         scoring=Scoring(correct="contains_words", normalise="squad"),
         chat=ChatPrompt.of(tokenizer),

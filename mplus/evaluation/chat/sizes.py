@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mplus.config import JsonValue
+from mplus.evaluation.tasks.base import Protocol
 
 Options = Mapping[str, JsonValue]
 
 PLAIN = "{question} Answer in a few words."
 """How a chat model is asked what public data sets ask; their own prompts are for decoders that go on with a text."""
+
+ANSWER_TOKENS = 24
+"""Of an answer to what public data sets ask: a chat model says a sentence, of which the answer may be the end."""
+
+
+def answer_tokens(task: Protocol) -> int:
+    """Return the most tokens that a chat model is given for an answer: ``ANSWER_TOKENS``, or what the protocol says.
+
+    Protocols made for chat models say how many; the number that the others have is of decoders that go on with a text.
+    """
+    own = task.answer_tokens
+    return ANSWER_TOKENS if own == Protocol.answer_tokens else own
+
 
 SIZES: Mapping[str, Mapping[str, Options]] = {
     "notes": {

@@ -17,6 +17,8 @@ LAYERS = 4
 """Layers whose values are compared."""
 BATCH = 16
 """Statements in one pass."""
+SMALLEST = 1e-6
+"""Spread that every token has at least, so that texts which differ in none are matched by all of them alike."""
 
 
 @define(frozen=True, eq=False)
@@ -79,7 +81,10 @@ def mean_matches(questions: Tensor, asked: Tensor, texts: Tensor, lengths: Tenso
 
 
 def matches_among(questions: Sequence[Tensor], texts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``mean_matches`` of questions and texts, ``[a, c]``, and of the texts with each other, ``[c, c]``.
+    """Return matches of questions and a few texts, ``[a, c]``, and ``mean_matches`` of the texts, ``[c, c]``.
+
+    A token of a question counts by the square of how far the texts differ in their best match with it: all notes about
+    a person match the name alike, which so hides no longer what is asked of them.
 
     Args:
         questions: of each ``[k, q_i, Hkv, Dv]``.
@@ -88,8 +93,9 @@ def matches_among(questions: Sequence[Tensor], texts: Tensor, lengths: Tensor) -
     flat = _flat(texts)
     rows = torch.cat([*(_flat(question) for question in questions), flat])
     asked = torch.cat([torch.tensor([question.shape[1] for question in questions]), lengths])
-    found = _means_of_best(rows @ flat.T, asked, lengths)
-    return found[: len(questions)], found[len(questions) :]
+    best = _best(rows @ flat.T, lengths).split(asked.tolist())
+    found = torch.stack([_weighed(own) for own in best[: len(questions)]])
+    return found, torch.stack([own.mean(0) for own in best[len(questions) :]])
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -101,9 +107,19 @@ def _flat(values: Tensor) -> Tensor:
 
 def _means_of_best(cosines: Tensor, asked: Tensor, lengths: Tensor) -> Tensor:
     """Return ``[a, c]``: the means over the rows of each question of the highest of ``cosines`` ``[q, n]`` per text."""
+    return torch.stack([tokens.mean(0) for tokens in _best(cosines, lengths).split(asked.tolist())])
+
+
+def _best(cosines: Tensor, lengths: Tensor) -> Tensor:
+    """Return ``[q, c]``, the highest of ``cosines`` ``[q, n]`` with the tokens of each text."""
     text_of = torch.arange(len(lengths)).repeat_interleave(lengths).to(cosines.device).expand_as(cosines)
-    best = cosines.new_full((len(cosines), len(lengths)), -1).scatter_reduce(1, text_of, cosines, "amax")
-    return torch.stack([tokens.mean(0) for tokens in best.split(asked.tolist())])
+    return cosines.new_full((len(cosines), len(lengths)), -1).scatter_reduce(1, text_of, cosines, "amax")
+
+
+def _weighed(best: Tensor) -> Tensor:
+    """Return ``[c]``, the mean of the matches ``[q, c]`` of tokens, each by how far texts differ in it."""
+    spread = (best.amax(1) - best.amin(1)).clamp(min=SMALLEST).square()
+    return (best * spread[:, None]).sum(0) / spread.sum()
 
 
 def _values_of(texts: Sequence[str], decoder: BegunDecoder, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from mplus.mechanisms.kv.front import Front, rows_of
 from mplus.mechanisms.kv.late_interaction import LateInteraction, matches_among
 from mplus.mechanisms.kv.passes import padded, run_behind, values_in
 
-MATCH = 2.0
+MATCH = 4.0
 """What late interaction counts for, beside the scores of "hybrid"; both are in units of scores of unrelated texts."""
 NATS = 0.5
 """What a nat of the question's likelihood behind a chunk counts for, in the same unit."""
@@ -22,6 +22,11 @@ ALIKE = 0.7
 """Chunks whose tokens match each other so well say the same of the same thing, with another value perhaps."""
 SAME = 6.0
 """The newer of such chunks is preferred where their weights differ by no more."""
+CLOSE = 1.5
+"""A chunk that was written later is preferred, too, whose match with the question is lower by no more than this, and
+nearer to that of the best one than to the next lower one,"""
+RELATED = 0.53
+"""and whose tokens match those of the best one so well: it says another thing of the same, in other words perhaps."""
 LIKELY = 3.0
 """Where the likelihood is known, a newer chunk is preferred whose weight is lower by no more,"""
 LESS_LIKELY = 1.5
@@ -62,10 +67,36 @@ def ranked(
         weights = found.scores + MATCH * matched + (NATS * likely[row].sum(1) if likelihood else 0)
         best, below = weights.argmax(), weights.max() - weights
         same = (below <= near) | ((below <= SAME) & (alike[best] >= ALIKE))
+        contrary = answering(matched, best) & (alike[best] >= RELATED)
+        same |= contrary & written_later(asked, found.chunks, found.chunks[best])
         if likelihood:
             same = (likely[row][best] - likely[row] <= LESS_LIKELY).all(1) & (same | (below <= LIKELY))
         rankings.append(Ranking(weights, same))
     return rankings
+
+
+def answering(matched: Tensor, best: Tensor) -> Tensor:
+    """Return for each of ``matched`` ``[k]`` whether it answers the question as the chunk at ``best`` does, bool.
+
+    Of a fact that changed two chunks stand out from all others: the other one's match is about as good as that of the
+    best, and the third is further away than they are from each other.
+    """
+    third = matched.sort(descending=True).values[2] if len(matched) > 2 else matched.new_tensor(-torch.inf)
+    behind = matched[best] - matched
+    return (behind <= CLOSE) & (matched > third) & (matched - third >= behind)
+
+
+def written_later(asked: Asked, chunks: Tensor, best: Tensor) -> Tensor:
+    """Return for each of ``chunks`` ``[k]`` whether it was written after the chunk ``best``, bool.
+
+    By the times of their sources; where they have none, or no name, by the order of writing. Parts of one source are of
+    the same time: a text does not correct itself.
+    """
+    sources, numbers = asked.view.state.sources, asked.state.chunk_source
+    own, others = sources[int(numbers[best])], [sources[number] for number in numbers[chunks].tolist()]
+    time, again = own.last_time, own.name is None
+    later = [time is None or one.last_time is None or one.last_time > time for one in others]
+    return (chunks > best) & torch.where(numbers[chunks] == numbers[best], again, torch.tensor(later))
 
 
 def likelihoods(decoder: Decoder, asked: Sequence[tuple[Asked, Tensor]]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -15,7 +16,7 @@ from mplus.errors import CheckpointError, ConfigError
 from mplus.mechanisms.kv.asked import Asked, ChosenChunks
 from mplus.mechanisms.kv.front import rows_of
 from mplus.mechanisms.kv.passes import values_in
-from mplus.mechanisms.kv.ranking import likelihoods, ranked
+from mplus.mechanisms.kv.ranking import answering, likelihoods, ranked, written_later
 from mplus.mechanisms.kv.retrieval import Retrieval, _parts
 from mplus.mechanisms.kv.state import state_of
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS, ChunkRetriever, Chunks, Query
@@ -180,7 +181,7 @@ def test_tokens_of_a_question_are_matched_with_the_values_of_a_chunk(model: Any,
         bare = model.new_memory(tokenizer=None)
         bare.write(question)  # written behind the same begin, so its rows have the values of the question's tokens
     (other,) = bare.snapshot()
-    expected = []
+    expected, matches = [], []
     for chunk in range(3):
         best = []
         for token in range(5):
@@ -199,9 +200,14 @@ def test_tokens_of_a_question_are_matched_with_the_values_of_a_chunk(model: Any,
                 for place in range(6 * chunk, 6 * chunk + 6)
             ]
             best.append(max(map(float, cosines)))
-        expected.append((sum(best) / 5 - mean) / deviation)
+        matches.append(best)
+    # A token counts by the square of how far the chunks differ in it.
+    spread = [(max(token) - min(token)) ** 2 for token in zip(*matches, strict=True)]
+    for best in matches:
+        weighed = sum(one * weight for one, weight in zip(best, spread, strict=True)) / sum(spread)
+        expected.append((weighed - mean) / deviation)
     (found,) = ranked(engine.decoder, [(asked, [form], given_scores(3))], 0.25, False)
-    assert found.weights.tolist() == pytest.approx([2 * one for one in expected], abs=1e-3)
+    assert found.weights.tolist() == pytest.approx([4 * one for one in expected], abs=1e-3)
     (nats,) = likelihoods(engine.decoder, [(asked, torch.arange(3))])
     (both,) = ranked(engine.decoder, [(asked, [form], given_scores(3))], 0.25, True)
     assert torch.allclose(both.weights, found.weights + nats.sum(1) / 2)
@@ -230,6 +236,57 @@ def test_the_newer_of_chunks_that_resemble_each_other_goes_first(
         patch.setattr("mplus.mechanisms.kv.ranking.ALIKE", 0.99)
         patch.setattr("mplus.mechanisms.kv.ranking.MATCH", 0.0)
         assert chosen(model, memory, text(5, 9)) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("matched", "wanted"),
+    [
+        ([9.0, 8.2, 4.0], [True, True, False]),  # two stand out
+        ([9.0, 8.2, 7.8], [True, False, False]),  # the third is nearer to the second than that is to the first
+        ([9.0, 7.4, 1.0], [True, False, False]),  # too far from the first
+        ([9.0, 9.9, 4.0], [True, True, False]),  # the best one by its scores, which the second matches better
+        ([9.0, 8.2], [True, True]),
+        ([0.0, 0.0, 0.0], [False, False, False]),  # nothing to compare
+    ],
+)
+def test_what_answers_a_question_as_the_best_does_stands_out_with_it(matched: list[float], wanted: list[bool]) -> None:
+    assert answering(torch.tensor(matched, dtype=torch.float64), torch.tensor(0)).tolist() == wanted
+
+
+def test_what_is_said_later_of_the_same_in_other_words_goes_first(
+    model: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_options(model, rerank=3)
+    matched, alike = torch.tensor([8.0, 2.0, 7.5], dtype=torch.float64), torch.full((3, 3), 0.6)
+    monkeypatch.setattr(
+        "mplus.mechanisms.kv.ranking._matched", lambda decoder, asked, questions, chunks: (matched[chunks], alike)
+    )
+    Given.told = [9.0, 4.0, 6.0]
+
+    def told_at(hours: list[int], names: list[str]) -> Any:
+        now = datetime(2026, 5, 3, tzinfo=UTC)
+        memory = model.new_memory(tokenizer=SmallTokenizer(), clock=lambda: now)
+        for place, (hour, name) in enumerate(zip(hours, names, strict=True)):
+            now = now.replace(hour=hour)
+            memory.write(text(6, place), name)
+        return memory
+
+    question, names = text(5, 9), ["s0", "s1", "s2"]
+    assert chosen(model, told_at([1, 2, 3], names), question) == ["s2"]
+    assert chosen(model, told_at([1, 1, 1], names), question) == ["s0"], "of the same moment"
+    assert chosen(model, told_at([3, 2, 1], names), question) == ["s0"], "s2 is said to be older"
+    monkeypatch.setattr("mplus.mechanisms.kv.ranking.RELATED", 0.7)
+    assert chosen(model, told_at([1, 2, 3], names), question) == ["s0"], "of something else"
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("letter", False), (None, True)])
+def test_a_text_does_not_correct_itself(model: Any, name: str | None, wanted: bool) -> None:
+    memory = model.new_memory()
+    for place in range(2):
+        memory.write(text(6, place), name)
+    (view,) = memory.snapshot()
+    asked = Asked(view, state_of(view).begin_rows, text(5, 9), text(5, 9), 99)
+    assert written_later(asked, torch.tensor([0, 1]), torch.tensor(0)).tolist() == [False, wanted]
 
 
 def given_scores(count: int) -> ChosenChunks:
