@@ -266,9 +266,7 @@ class MemoryMechanism(IndexedMechanism):
         return None
 
     def prepare_together(self, prepared: Sequence[Any]) -> Any:
-        """Return what one read of several memories has of what ``prepare`` made for each, or None.
-
-        Called where none of them is None.
+        """Return what one read of several memories has of what ``prepare`` made for each, none of them None; or None.
 
         Args:
             prepared: of each batch row.

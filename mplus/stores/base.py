@@ -18,10 +18,8 @@ from mplus.rows import OWN_COLUMNS, MemoryRows
 Column = Literal["birth", "source", "key", "expiry"]
 Content = Literal["hidden", "projected"]
 
-
 TAKEN = OWN_COLUMNS | {"id", "ids", "stay", "index"}
 """Names that a further column of rows cannot have: those of other columns, and of what stands beside them in files."""
-
 
 Extra = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 """Further columns: the name of each, the shape of one row in it, and its dtype."""
