@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.pages.chat_harm import unharmed
 from benchmarks.pages.chunks import found_chunks
 from benchmarks.pages.markdown import measured_on, table
 from benchmarks.pages.trained_maps import trained_maps
@@ -45,6 +46,8 @@ def render() -> str:
             parts.append(section(name, load("quality", f"chat-{name}")))
         if record_path("quality", f"chat-{name}-search").is_file():
             parts.append(search(name, load("quality", f"chat-{name}-search")))
+    if record_path("quality", "chat-harm").is_file():
+        parts.append(unharmed(load("quality", "chat-harm")))
     if record_path("quality", "chunk_retrieval").is_file():
         parts.append(found_chunks(load("quality", "chunk_retrieval")))
     if record_path("quality", "trained_retriever").is_file():
