@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from benchmarks.pages.field_chat import chat_sections
 from benchmarks.pages.markdown import measured_on, table
 from benchmarks.records import ROOT, load
 
@@ -68,7 +69,8 @@ READINGS = {
 def render() -> str:
     """Return the page."""
     record = load("quality", "field")
-    sections = [PREAMBLE.strip(), memories(), retention(record), ceilings(record), costs(record), readings(record)]
+    sections = [PREAMBLE.strip(), memories(), retention(record), ceilings(record), costs(record)]
+    sections += [chat_sections(load("quality", "field-chat")), readings(record)]
     return "\n\n".join(sections) + "\n"
 
 
