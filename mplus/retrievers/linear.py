@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from mplus.stores.base import StoreView
 
+TRANSPOSED = 64
+"""Width of keys from which on it pays to keep them transposed."""
+
 
 class LinearRetriever(Retriever):
     """Scores every row by its key and the text's queries.
@@ -56,7 +59,7 @@ class LinearRetriever(Retriever):
     def __init__(self, shape: RetrieverShape, options: Retriever.Options | None = None) -> None:
         super().__init__(shape, options)
         self.key_size = self.options.width
-        self.transposed_keys = self.options.score == "mean_dot"
+        self.transposed_keys = self.options.score == "mean_dot" and self.options.width >= TRANSPOSED
         self.query_proj = nn.ModuleList(_projector(shape.hidden_size, self.options) for _ in range(shape.layers))
         self.key_proj = nn.ModuleList(_projector(shape.hidden_size, self.options) for _ in range(shape.layers))
         if self.options.encoder_queries:

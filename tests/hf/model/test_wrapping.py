@@ -153,9 +153,12 @@ def test_the_config_says_how_rows_are_kept(rows: Any) -> None:
     reads_a_memory(model)
 
 
-@pytest.mark.parametrize(("score", "transposed"), [("mean_dot", True), ("sigmoid_mean", False)])
-def test_keys_lie_in_memory_as_the_retriever_reads_them(score: str, transposed: bool) -> None:
-    model = mplus.wrap(BY_NAME["llama"].build(), {**SIZES, "retriever": {"name": "linear", "score": score}})
+@pytest.mark.parametrize(
+    ("score", "width", "transposed"), [("mean_dot", 64, True), ("mean_dot", 63, False), ("sigmoid_mean", 64, False)]
+)
+def test_keys_lie_in_memory_as_the_retriever_reads_them(score: str, width: int, transposed: bool) -> None:
+    retriever = {"name": "linear", "score": score, "width": width}
+    model = mplus.wrap(BY_NAME["llama"].build(), {**SIZES, "retriever": retriever})
     assert model.new_memory().stores[0].layout.transposed_keys == transposed
 
 
