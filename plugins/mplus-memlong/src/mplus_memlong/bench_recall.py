@@ -1,7 +1,7 @@
 """What a decoder of the recipe "memlong-tiny" remembers, with all groups in front of a question and with a few.
 
 mplus train memlong-tiny --out run
-python -m mplus_memlong.bench_recall run records/recall.json
+python -m mplus_memlong.bench_recall run found.json
 """
 
 from __future__ import annotations
