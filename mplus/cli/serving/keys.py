@@ -38,10 +38,14 @@ def list_(memories: Memories = Path("memories"), as_json: Json = False) -> None:
     """List the valid keys, without the keys themselves."""
     from mplus.serving.http.keys import FILE, Keys
 
+    if not memories.is_dir():
+        raise ConfigError(f"--memories must be the folder of a server's memories, and there is none at {memories}")
     records = Keys(memories / FILE).list()
     if as_json:
         print_json([record.public() for record in records])
         return
+    if not records:
+        print("no valid keys: mplus keys make TENANT makes one")
     for record in records:
         print(f"{record.id}  {record.made}  {','.join(record.rights):<16}  {record.tenant}")
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2"
 ADMIN_KEY = "MPLUS_ADMIN_KEY"
+ADMIN_KEY_LENGTH = 16
+"""Fewest characters of an admin key where other machines can try keys."""
 
 
 def serve(
@@ -155,7 +157,7 @@ def _admin_key(file: Path | None) -> str | None:
 
 
 def _check_host(host: str, keys: Keys) -> None:
-    """Let a server without an admin key listen on this machine only. Raises ConfigError."""
+    """Let a server without an admin key, or with a short one, listen on this machine only. Raises ConfigError."""
     try:
         local = host == "localhost" or ip_address(host).is_loopback
     except ValueError:
@@ -164,6 +166,11 @@ def _check_host(host: str, keys: Keys) -> None:
         raise ConfigError(
             f"--host must be 127.0.0.1 without an admin key, as everyone who reaches the server could read all "
             f"memories, got {host}: give --admin-key-file or set {ADMIN_KEY}"
+        )
+    if keys.admin_key is not None and not local and len(keys.admin_key) < ADMIN_KEY_LENGTH:
+        raise ConfigError(
+            f"the admin key of a server for other machines must have at least {ADMIN_KEY_LENGTH} characters, so that "
+            f"nobody finds it by trying, got {len(keys.admin_key)}: `openssl rand -hex 32` prints one"
         )
 
 

@@ -138,8 +138,11 @@ def test_options_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "empty").write_text("\n")
     assert "is empty" in refused(*here, "--admin-key-file", tmp_path / "empty")
     assert "must be a text file" in refused(*here, "--admin-key-file", tmp_path / "none")
-    (tmp_path / "key").write_text("secret\n")
-    assert "cannot listen on" in refused(*here, "--admin-key-file", tmp_path / "key", "--host", "203.0.113.7")
+    (tmp_path / "key").write_text("123456789012345\n")
+    elsewhere = ("--admin-key-file", tmp_path / "key", "--host", "203.0.113.7")
+    assert "must have at least 16 characters, so that nobody finds it by trying, got 15" in refused(*here, *elsewhere)
+    (tmp_path / "key").write_text("1234567890123456\n")
+    assert "cannot listen on" in refused(*here, *elsewhere)
 
 
 def test_keys(tmp_path):
@@ -148,6 +151,7 @@ def test_keys(tmp_path):
         assert result.exit_code == code, result.output
         return result.stdout if code == 0 else result.stderr
 
+    assert run("list") == "no valid keys: mplus keys make TENANT makes one\n"
     first = run("make", "ada").strip()
     second = json.loads(run("make", "bob", "--rights", "read", "--json"))
     assert (second["tenant"], second["rights"]) == ("bob", ["read"])
@@ -159,6 +163,8 @@ def test_keys(tmp_path):
     assert [one["id"] for one in json.loads(run("list", "--json"))] == [second["id"]]
     assert "a tenant must be" in run("make", "../x", code=2)
     assert "rights must be some of" in run("make", "ada", "--rights", "all", code=2)
+    tmp_path /= "nowhere"
+    assert f"must be the folder of a server's memories, and there is none at {tmp_path}" in run("list", code=2)
 
 
 @pytest.mark.parametrize(("given", "bytes_"), [("1000", 1000), ("1KiB", 1024), ("1.5GB", 1_500_000_000)])
