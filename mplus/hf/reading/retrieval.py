@@ -94,8 +94,9 @@ class ReadSource:
                 f"{said} must return rows of 1 or {len(opened.views)} streams for layer {layer}, got those of "
                 f"{batches.pop()}"
             )
-        given, most = sum(one.keys.shape[2] for one in segments), max(map(reading.mechanism.prefix_rows, opened.views))
-        if given > most:  # positions are those of so many
+        # Of one stream: segments of several are as long as the longest of each, which may be more in sum.
+        given, most = sum(one.keys.shape[2] for one in segments), reading.mechanism.prefix_rows(opened.views[0])
+        if len(opened.views) == 1 and given > most:  # positions are those of so many
             raise MechanismError(
                 f"{said} must return at most as many rows as prefix_rows says, {most}, for layer {layer}, got {given}"
             )
