@@ -234,7 +234,8 @@ def test_a_memory_of_text_is_an_arm_and_has_signs(tmp_path):
     assert {arm.name: arm.status for arm in report.arms} == {"none": "ok", "window": "not_converged", "notes": "ok"}
     assert report.arm("notes").at(2).questions == 2
     assert report.arm("notes").state_bytes > 0
-    assert report.arm("notes").tokens_attended is None
+    # Notes stand in front of the prompt, as text.
+    assert report.arm("none").tokens_attended < report.arm("notes").tokens_attended
     *_, moment = asked.moments()
     due = [one for one in moment.due if one.question.told][:1]
     [found] = asked.read(moment, due, asked.way("notes", ArmOptions()))
