@@ -121,7 +121,9 @@ def test_gradients_of_separate_and_batched_streams_are_the_same(derived):
     assert gradients[0].keys() == gradients[1].keys()
     assert any(".write" in name for name in gradients[0]), "the writer learns from the read"
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-7)
+        # Sums in another order: what cancels to little is as far apart as what it is a sum of.
+        atol = 1e-4 * float(gradients[1][name].abs().max())
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -77,8 +78,8 @@ class ReadSource:
         of_rows = retrieved if copies == 1 else [one for one in retrieved for _ in range(copies)]
         said = f"the mechanism {reading.mechanism.name!r}: prefix"
         try:
-            front = reading.mechanism.prefix(opened, layer, of_rows, hidden, project)
-        except (IndexError, InputError) as error:  # of ``project``, or of a list that the layout has not, say
+            front = reading.mechanism.prefix(opened, layer, of_rows, hidden, partial(_projected, project, said, layer))
+        except IndexError as error:  # of a list that the layout has not, say
             raise MechanismError(f"{said} failed for layer {layer}: {error}") from error
         segments = front.segments if isinstance(front, Attended) else () if front is None else front
         if not isinstance(segments, tuple | list) or not all(isinstance(one, Segment) for one in segments):
@@ -94,12 +95,15 @@ class ReadSource:
                 f"{said} must return rows of 1 or {len(opened.views)} streams for layer {layer}, got those of "
                 f"{batches.pop()}"
             )
-        # Of one stream: segments of several are as long as the longest of each, which may be more in sum.
-        given, most = sum(one.keys.shape[2] for one in segments), reading.mechanism.prefix_rows(opened.views[0])
-        if len(opened.views) == 1 and given > most:  # positions are those of so many
-            raise MechanismError(
-                f"{said} must return at most as many rows as prefix_rows says, {most}, for layer {layer}, got {given}"
-            )
+        most = [reading.mechanism.prefix_rows(view) for view in opened.views]
+        # Segments of several streams are as long as the longest of each, so what is shorter is counted by itself.
+        if sum(one.keys.shape[2] for one in segments) > min(most):
+            for given, says in zip(_rows_of_each(segments, len(most)), most, strict=True):
+                if given > says:  # positions are those of so many
+                    raise MechanismError(
+                        f"{said} must return at most as many rows as prefix_rows says, {says}, for layer {layer}, got "
+                        f"{given}"
+                    )
         return () if front is None else front
 
     def _retrieve_where_due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
@@ -239,6 +243,21 @@ def resume(reading: Reading, decoder: Decoder, text: TextSoFar, new: int, cache:
         reading.extend(now, read)
         before = int(cache.get_seq_length()) - (text.tokens - new)  # learned virtual tokens
         reading.starts = Placement.starts_of(now.insertion, mask, before)
+
+
+def _rows_of_each(segments: Sequence[Segment], streams: int) -> list[int]:
+    rows = torch.zeros(streams, dtype=torch.long)
+    for segment in segments:
+        rows += segment.keys.shape[2] if segment.lengths is None else segment.lengths.cpu()
+    return rows.tolist()
+
+
+def _projected(project: Project, said: str, layer: int, rows: Rows) -> Segment:
+    """Project rows; what is wrong with their form is the mechanism's fault, who made them."""
+    try:
+        return project(rows)
+    except InputError as error:
+        raise MechanismError(f"{said} failed for layer {layer}: {error}") from error
 
 
 def _projected_for_each(project: Project, repeats: int, rows: Rows) -> Segment:

@@ -90,12 +90,13 @@ def written_later(asked: Asked, chunks: Tensor, best: Tensor) -> Tensor:
     """Return for each of ``chunks`` ``[k]`` whether it was written after the chunk ``best``, bool.
 
     By the times of their sources; where they have none, or no name, by the order of writing. Parts of one source are of
-    the same time: a text does not correct itself.
+    the same time: a text does not correct itself. Streams of a training keep no record of sources, and no times.
     """
     sources, numbers = asked.view.state.sources, asked.state.chunk_source
-    own, others = sources[int(numbers[best])], [sources[number] for number in numbers[chunks].tolist()]
-    time, again = own.last_time, own.name is None
-    later = [time is None or one.last_time is None or one.last_time > time for one in others]
+    own, others = sources.get(int(numbers[best])), [sources.get(number) for number in numbers[chunks].tolist()]
+    time, again = own and own.last_time, own is None or own.name is None
+    times = [one and one.last_time for one in others]
+    later = [time is None or other is None or other > time for other in times]
     return (chunks > best) & torch.where(numbers[chunks] == numbers[best], again, torch.tensor(later))
 
 

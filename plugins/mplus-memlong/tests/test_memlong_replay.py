@@ -15,6 +15,7 @@ from mplus_memlong.player import MemLongPlayer
 from mplus_memlong.search import GroupSearch
 from mplus_memlong.state import MemLongState
 
+from mplus.errors import MechanismError
 from mplus.interop.golden import replay
 from mplus.interop.report import CaseReport
 
@@ -206,8 +207,12 @@ def test_a_planted_mistake_is_found(
     report = CaseReport(
         player.folder.name, "memlong", "auto", "float32", tolerances=player.tolerances, scale=player.error_scale
     )
-    for _ in player.play(report):
-        report.steps += 1
-        if not report.passed():
-            return
+    try:
+        for _ in player.play(report):
+            report.steps += 1
+            if not report.passed():
+                return
+    except MechanismError:  # more groups than it says: refused before anything is compared
+        assert mistake is one_group_more
+        return
     pytest.fail(f"{mistake.__name__} was not found: {report.errors}")
