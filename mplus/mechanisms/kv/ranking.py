@@ -94,8 +94,8 @@ def written_later(asked: Asked, chunks: Tensor, best: Tensor) -> Tensor:
     """
     sources, numbers = asked.view.state.sources, asked.state.chunk_source
     own, others = sources.get(int(numbers[best])), [sources.get(number) for number in numbers[chunks].tolist()]
-    time, again = own and own.last_time, own is None or own.name is None
-    times = [one and one.last_time for one in others]
+    time, again = None if own is None else own.last_time, own is None or own.name is None
+    times = [None if one is None else one.last_time for one in others]
     later = [time is None or other is None or other > time for other in times]
     return (chunks > best) & torch.where(numbers[chunks] == numbers[best], again, torch.tensor(later))
 
